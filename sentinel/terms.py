@@ -1,0 +1,147 @@
+"""The few frozen words that every floor shares: actions, reasons, evidence, plan.
+
+The four domains (policy, detection, privacy, audit) do not import one another. What has to pass
+between them is declared here, holds no tensor, and never changes once made.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class Action(enum.IntEnum):
+    """What may happen to a parameter or an update; a larger value is stricter."""
+
+    RELEASE = 0
+    WITHHOLD = 1  # this parameter stays; the global model's value goes back
+    WITHHOLD_UPDATE = 2
+    REFUSE_ROUND = 3
+
+    @property
+    def word(self) -> str:
+        """The word for it in policy files and on the screen."""
+        return self.name.lower().replace("_", "-")
+
+
+class Unit(enum.StrEnum):
+    """Whose presence a promise hides."""
+
+    PATIENT = "patient"
+    RECORD = "record"
+    SITE = "site"
+
+
+class Adjacency(enum.StrEnum):
+    """Which two data sets a promise makes hard to tell apart."""
+
+    REPLACE = "replace"
+    ADD_OR_REMOVE = "add-or-remove"
+
+
+class Verdict(enum.StrEnum):
+    """What the inspection takes an incoming global model for."""
+
+    HONEST = "honest"
+    BINNING = "binning"
+    SPARSE_ACTIVATION = "sparse_activation"
+    MAGNIFICATION = "magnification"
+    INCONSISTENCY = "inconsistency"
+    STRUCTURE_CHANGED = "structure_changed"
+    UNHEALTHY = "unhealthy"
+
+
+class Reason(enum.StrEnum):
+    """Why something was withheld or refused; each has its line in docs/runbook.md."""
+
+    # Gate (step 0): known before the update is looked at.
+    POLICY_EXPIRED = "policy-expired"
+    BUDGET_EXHAUSTED = "budget-exhausted"
+    RATE_LIMITED = "rate-limited"
+    PATIENTS_UNKNOWN = "patients-unknown"
+    TOO_FEW_PATIENTS = "too-few-patients"
+    PROMISE_NOT_KEPT = "promise-not-kept"
+    DETECTOR_UNAVAILABLE = "detector-unavailable"
+    # State on disk that cannot be trusted or written.
+    LEDGER_BEHIND_LOG = "ledger-behind-log"
+    LEDGER_DAMAGED = "ledger-damaged"
+    LOG_DAMAGED = "log-damaged"
+    STATE_UNSAFE = "state-unsafe"
+    STORAGE_FAILED = "storage-failed"
+    # The round.
+    CRAFTED_MODEL = "crafted-model"
+    OTHER_GLOBAL_MODEL = "other-global-model"
+    ROUND_CLOSED = "round-closed"
+    # The update (steps 1 and 5).
+    STRUCTURE_MISMATCH = "structure-mismatch"
+    NOT_FINITE = "not-finite"
+    TOO_SENSITIVE = "too-sensitive"
+    NOTHING_LET_OUT = "nothing-let-out"
+    INTERNAL_ERROR = "internal-error"
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """All that a decision may look at.
+
+    Attributes:
+        coordinates: name of each parameter that could leave, and how many values it has.
+        sensitivity: sensitivity score of what would leave, 0 to 1.
+        suspicion: suspicion about the global model, 0 to 1.
+        budget_spent: share of the privacy budget that is spent, 0 to 1; 0 without a promise.
+        unhealthy: whether the global model is broken rather than crafted.
+    """
+
+    coordinates: Mapping[str, int]
+    sensitivity: float = 1.0
+    suspicion: float = 1.0
+    budget_spent: float = 1.0
+    unhealthy: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse a score outside 0 to 1: NaN would slip under every threshold."""
+        for field in ("sensitivity", "suspicion", "budget_spent"):
+            value = getattr(self, field)
+            if not 0.0 <= value <= 1.0:
+                msg = f"{field} must be a number from 0 to 1; it is outside"
+                raise ValueError(msg)
+
+
+@dataclass(frozen=True, slots=True)
+class NormBound:
+    """The L2 norm of `names` together may be at most `max_norm`, before noise."""
+
+    names: frozenset[str]
+    max_norm: float
+
+
+@dataclass(frozen=True, slots=True)
+class Treatment:
+    """What one parameter gets, in this order: max_abs, clip (by the plan's bounds), noise, mask."""
+
+    action: Action = Action.RELEASE
+    max_abs: float = math.inf
+    noise_std: float = 0.0  # standard deviation per coordinate, in units of the update
+    keep: float = 1.0  # share of coordinates kept
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is to be done to one update, decided before it is done.
+
+    Attributes:
+        action: of the update as a whole; WITHHOLD here means that no parameter is let out.
+        treatments: one for each parameter of the evidence.
+        bounds: every norm bound that a released parameter is under.
+        decided_by: ids of the rules that applied, in file order.
+    """
+
+    action: Action
+    treatments: Mapping[str, Treatment]
+    bounds: tuple[NormBound, ...]
+    decided_by: tuple[str, ...]
