@@ -5,7 +5,10 @@ No message ever holds a tensor value, a record, or text that came from data.
 
 from __future__ import annotations
 
-from sentinel.terms import Reason
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sentinel.terms import Reason
 
 
 class SentinelError(Exception):

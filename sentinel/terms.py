@@ -56,6 +56,14 @@ class Verdict(enum.StrEnum):
     UNHEALTHY = "unhealthy"
 
 
+class Weakness(enum.StrEnum):
+    """A control that does not do its part, named in the start-up record."""
+
+    UNSIGNED_POLICY = "unsigned-policy"
+    INSPECTION_OFF = "inspection-off"
+    IN_PROCESS = "in-process"  # level L0: training code could reach around the guard
+
+
 class Reason(enum.StrEnum):
     """Why something was withheld or refused; each has its line in docs/runbook.md."""
 
@@ -75,12 +83,14 @@ class Reason(enum.StrEnum):
     STORAGE_FAILED = "storage-failed"
     # The round.
     CRAFTED_MODEL = "crafted-model"
+    UNHEALTHY_MODEL = "unhealthy-model"
     OTHER_GLOBAL_MODEL = "other-global-model"
     ROUND_CLOSED = "round-closed"
     # The update (steps 1 and 5).
     STRUCTURE_MISMATCH = "structure-mismatch"
     NOT_FINITE = "not-finite"
     TOO_SENSITIVE = "too-sensitive"
+    WITHHELD_BY_RULE = "withheld-by-rule"
     NOTHING_LET_OUT = "nothing-let-out"
     INTERNAL_ERROR = "internal-error"
 

@@ -1,0 +1,208 @@
+"""Records: the closed types of everything the audit log may say.
+
+A field is an enum, a boolean, a bounded integer, a log2 bucket, a sequence number, a time in
+seconds, a random id that the guard made, or a digest of something public (policy, detector bundle,
+build, global model, released bytes, ledger). There is no free text, no float, no tensor name, no
+path and no exception text. A field that depends on the raw update is marked `FromData`; under a
+promise such fields are absent (None), so that a record holds no bit of the raw update.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from sentinel.terms import Reason, Verdict, Weakness
+
+SCORE_STEPS = 20  # scores are logged in twentieths
+
+
+class FromData:
+    """Marks a field whose value may depend on the raw update."""
+
+
+Seq = Annotated[int, Field(ge=0, le=2**53)]
+Seconds = Annotated[int, Field(ge=0, le=2**40)]
+Digest = Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\Z")]
+RandomId = Annotated[str, Field(pattern=r"\A[0-9a-f]{32}\Z")]
+Score = Annotated[int, Field(ge=0, le=SCORE_STEPS)]
+Index = Annotated[int, Field(ge=0, le=2**16)]
+Log2 = Annotated[int, Field(ge=0, le=63)]
+
+
+class Record(BaseModel):
+    """What every record carries.
+
+    Attributes:
+        at: seconds since 1970.
+        process: random id of the guard that wrote it.
+        level: L0, in the training process. Other levels come with the agent.
+        ledger_seq: the ledger's head when the record was written.
+        data_bits: upper bound on the bits of the raw update in this record: the sum of log2 of
+            the ranges of its `FromData` fields.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    at: Seconds
+    process: RandomId
+    level: Literal["L0"] = "L0"
+    ledger_seq: Seq
+    ledger_head: Digest
+
+    @property
+    def data_bits(self) -> int:
+        """Bits of the raw update that this record can hold at most."""
+        held = 0.0
+        for name, field in type(self).model_fields.items():
+            if any(isinstance(mark, FromData) for mark in field.metadata):
+                held += 0.0 if getattr(self, name) is None else math.log2(self.RANGES[name])
+        return math.ceil(held)
+
+    RANGES: ClassVar[dict[str, int]] = {}
+
+
+class GuardStarted(Record):
+    """A guard began its work."""
+
+    type: Literal["guard.started"] = "guard.started"
+    build: Digest
+    policy: Digest
+    detectors: Annotated[tuple[Digest, ...], Field(max_length=16)]
+    weaknesses: Annotated[tuple[Weakness, ...], Field(max_length=16)]
+
+
+class RoundOpened(Record):
+    """A global model was inspected, and the round may go on."""
+
+    type: Literal["round.opened"] = "round.opened"
+    round: Digest
+    number: Seq
+    global_model: Digest
+    inspected: bool
+    verdict: Verdict
+    suspicion: Score
+
+
+class RoundRefused(Record):
+    """A global model was inspected, and the policy refuses to train on it."""
+
+    type: Literal["round.refused"] = "round.refused"
+    round: Digest
+    number: Seq
+    global_model: Digest
+    verdict: Verdict
+    suspicion: Score
+    reason: Reason
+
+
+class RoundAborted(Record):
+    """The training block ended with an error; nothing was released."""
+
+    type: Literal["round.aborted"] = "round.aborted"
+    round: Digest
+
+
+class UpdateDecided(Record):
+    """What will be done to an update.
+
+    Under a promise everything here follows from the noised update; without one the score depends on
+    the raw update. The rules that apply grow with the score, so of n rules at most n + 1 sets can
+    be told apart; what is released, withheld and counted follows from the set.
+    """
+
+    type: Literal["update.decided"] = "update.decided"
+    round: Digest
+    promised: bool
+    sensitivity: Annotated[Score, FromData()]
+    suspicion: Score
+    budget_spent: Score
+    rules: Annotated[tuple[Index, ...], Field(max_length=256), FromData()]  # places in the policy
+    released: Index  # parameters let out
+    withheld: Index
+    coordinates: Log2
+    clipped: Annotated[bool | None, FromData()] = None  # None under a promise
+
+    RANGES: ClassVar[dict[str, int]] = {"sensitivity": SCORE_STEPS + 1, "rules": 257, "clipped": 2}
+
+    @property
+    def data_bits(self) -> int:
+        """Under a promise everything here is post-processing: no bit of the raw update."""
+        return 0 if self.promised else super().data_bits
+
+
+class UpdateReleased(Record):
+    """An update may leave now; written before it does."""
+
+    type: Literal["update.released"] = "update.released"
+    round: Digest
+    released: Digest
+
+
+class UpdateReplayed(Record):
+    """A released round was asked for again; the stored bytes were given."""
+
+    type: Literal["update.replayed"] = "update.replayed"
+    round: Digest
+    released: Digest
+
+
+class UpdateWithheld(Record):
+    """Nothing left."""
+
+    type: Literal["update.withheld"] = "update.withheld"
+    round: Digest
+    reason: Annotated[Reason, FromData()]
+
+    RANGES: ClassVar[dict[str, int]] = {"reason": len(Reason)}
+
+
+class LogRecovered(Record):
+    """A crash left part of a record behind, never acknowledged; it was cut off."""
+
+    type: Literal["log.recovered"] = "log.recovered"
+    dropped_bytes: Log2
+
+
+AnyRecord = Annotated[
+    GuardStarted
+    | RoundOpened
+    | RoundRefused
+    | RoundAborted
+    | UpdateDecided
+    | UpdateReleased
+    | UpdateReplayed
+    | UpdateWithheld
+    | LogRecovered,
+    Field(discriminator="type"),
+]
+RECORD_TYPES: tuple[type[Record], ...] = (
+    GuardStarted,
+    RoundOpened,
+    RoundRefused,
+    RoundAborted,
+    UpdateDecided,
+    UpdateReleased,
+    UpdateReplayed,
+    UpdateWithheld,
+    LogRecovered,
+)
+_ADAPTER: TypeAdapter[Any] = TypeAdapter(AnyRecord)
+
+
+def record_from_json(text: str | bytes) -> Record:
+    """Read a record strictly; ValueError for an unknown type, field or value."""
+    record: Record = _ADAPTER.validate_json(text)
+    return record
+
+
+def score_step(score: float) -> int:
+    """A score from 0 to 1 in whole twentieths, rounded up so that none looks smaller."""
+    return min(SCORE_STEPS, math.ceil(score * SCORE_STEPS - 1e-9))
+
+
+def log2_bucket(count: int) -> int:
+    """The bucket of a count: 0 for 0, else 1 + floor(log2)."""
+    return count.bit_length()

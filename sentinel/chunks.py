@@ -1,0 +1,33 @@
+"""Walk a tensor in pieces that fit the cache, so that wide arithmetic needs no wide copy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CHUNK = 1 << 16  # values: 512 KiB as float64, inside the second-level cache
+
+
+def chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield one-dimensional views of `tensor` (contiguous, any shape), in order.
+
+    Writing to a view writes to the tensor. A zero-size tensor yields nothing.
+    """
+    if tensor.numel():
+        yield from torch.split(tensor.view(-1), CHUNK)
+
+
+def sum_of_squares(tensor: torch.Tensor) -> float:
+    """Sum of squares of a contiguous floating tensor, accumulated in float64.
+
+    NaN or Inf anywhere gives a result that is not finite. Float32 input cannot overflow.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=tensor.device)
+    for piece in chunks(tensor):
+        wide = piece.double()
+        total += torch.dot(wide, wide)
+    return float(total)

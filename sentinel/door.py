@@ -1,0 +1,171 @@
+"""Door: where a global model is received; gate, inspection, and what is remembered of it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sentinel import audit, detection
+from sentinel.audit import AlertEvent, Alerts
+from sentinel.errors import MisuseError, RoundRefused, Withheld
+from sentinel.policy import refuses
+from sentinel.release import House, OpenRound, gate, require_same_model, require_sound
+from sentinel.terms import Reason, Verdict, Weakness
+from sentinel.update import model_digest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    import torch
+    from torch import nn
+
+    from sentinel.detection import Inspection, Reference
+    from sentinel.releases import RoundKey
+    from sentinel.state import StateFolder
+
+
+class Door:
+    """Receives global models for one guard.
+
+    Attributes:
+        house: what a release goes through.
+        alerts: where refusals are told.
+    """
+
+    def __init__(self, house: House, state: StateFolder, *, inspects: bool) -> None:
+        """Keep the parts; `start` checks them."""
+        self.house = house
+        self.alerts = Alerts()
+        self._state = state
+        self._inspects = inspects
+
+    def start(self) -> None:
+        """Check that ledger and log fit together, and record which code and policy are at work.
+
+        Raises:
+            Withheld: they do not fit, or a detector is missing.
+        """
+        require_sound(self.house)
+        weaknesses = [Weakness.IN_PROCESS, Weakness.UNSIGNED_POLICY]
+        if not self._inspects:
+            weaknesses.append(Weakness.INSPECTION_OFF)
+            self.alerts.send(AlertEvent.CONTROL_WEAKENED, weakness=Weakness.INSPECTION_OFF)
+        self.house.write(
+            audit.GuardStarted,
+            build=build_digest(),
+            policy=self.house.policy.digest,
+            detectors=tuple(
+                detection.load_detector(name).digest for name in detection.DETECTOR_NAMES
+            ),
+            weaknesses=tuple(weaknesses),
+        )
+
+    def open(
+        self,
+        key: RoundKey,
+        base: Mapping[str, torch.Tensor],
+        model: nn.Module | None,
+        patients: int | None,
+    ) -> tuple[OpenRound, Inspection | None]:
+        """Gate, then inspect, and record what was found.
+
+        Raises:
+            RoundRefused: the policy refuses to train on this global model.
+            Withheld: nothing trained on it could be released.
+        """
+        digest = model_digest(base)
+        require_sound(self.house)
+        ending = self.house.releases.ending(key)
+        if ending is not None:
+            require_same_model(ending, digest)
+        else:
+            gate(self.house, patients)
+        inspection = self._inspect(key, base, model) if self._inspects else None
+        suspicion = 0.0 if inspection is None else inspection.suspicion
+        unhealthy = inspection is not None and inspection.unhealthy
+        seen: dict[str, Any] = {
+            "round": key.digest,
+            "number": key.number,
+            "global_model": digest,
+            "verdict": Verdict.HONEST if inspection is None else inspection.verdict,
+            "suspicion": audit.score_step(suspicion),
+        }
+        opening = refuses(self.house.rules, suspicion, unhealthy=unhealthy)
+        if opening.refused:
+            reason = Reason.UNHEALTHY_MODEL if unhealthy else Reason.CRAFTED_MODEL
+            self.house.write(audit.RoundRefused, **seen, reason=reason)
+            raise _refusal(reason, seen["verdict"], opening.decided_by)
+        self.house.write(audit.RoundOpened, **seen, inspected=self._inspects)
+        opened = OpenRound(
+            key=key,
+            base=base,
+            global_model=digest,
+            buffers=() if model is None else [name for name, _ in model.named_buffers()],
+            patients=patients,
+            suspicion=suspicion,
+            unhealthy=unhealthy,
+            measure=self._measure(model, base),
+        )
+        return opened, inspection
+
+    def _inspect(
+        self, key: RoundKey, base: Mapping[str, torch.Tensor], model: nn.Module | None
+    ) -> Inspection:
+        """Inspect against what is remembered of this run, and remember a model that passes."""
+        file = self._state.history(key.federation, key.run)
+        with file.locked():
+            text = file.read()
+            previous = None if text is None else _remembered(text)
+            found = detection.inspect_global_model(base, previous, model)
+            opening = refuses(self.house.rules, found.suspicion, unhealthy=found.unhealthy)
+            if not opening.refused:
+                file.write(found.history.to_json())
+        return found
+
+    def _measure(
+        self, model: nn.Module | None, base: Mapping[str, torch.Tensor]
+    ) -> Callable[[Mapping[str, torch.Tensor]], float]:
+        """Scores what would leave, against a reference through this very model where it is here."""
+        reference: Reference | None = None
+        if model is not None:
+            reference = detection.build_reference(model, base, cache=self._state.references)
+
+        def measure(deltas: Mapping[str, torch.Tensor]) -> float:
+            return detection.score_update(deltas, reference).overall
+
+        return measure
+
+
+def _remembered(text: str) -> detection.History:
+    try:
+        return detection.History.from_json(text)
+    except MisuseError:
+        raise Withheld(
+            Reason.STATE_UNSAFE,
+            "What is remembered of earlier global models cannot be read; put the state folder back "
+            "as it was.",
+        ) from None
+
+
+@functools.cache
+def build_digest() -> str:
+    """SHA-256 over the package's own source files, so that the log says which code ran."""
+    package = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        content = path.read_bytes()
+        name = path.relative_to(package).as_posix().encode()
+        digest.update(len(name).to_bytes(8, "little") + name)
+        digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()
+
+
+def _refusal(reason: Reason, verdict: Verdict, rules: tuple[str, ...]) -> RoundRefused:
+    named = ", ".join(rules)
+    return RoundRefused(
+        reason,
+        f"The global model of this round was refused before training: it looks like {verdict} "
+        f"(rule {named}). See docs/runbook.md.",
+    )

@@ -1,0 +1,61 @@
+"""Clip: bound single coordinates, and the L2 norm of many tensors together."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import torch
+
+# Scaling rounds each float32 value by up to 2^-24 of itself; aiming this far below the bound keeps
+# the norm of the rounded values under it.
+_ROUNDING = 1.0 - 2.0**-22
+
+
+def limit_(tensor: torch.Tensor, max_abs: float) -> None:
+    """Bound every coordinate to [-max_abs, max_abs], in place."""
+    if math.isfinite(max_abs):
+        tensor.clamp_(-max_abs, max_abs)
+
+
+def clip_factor(squares: Iterable[float], max_norm: float) -> float:
+    """The factor that brings tensors of these sums of squares under one L2 norm.
+
+    Args:
+        squares: sum of squares of each tensor, in float64.
+        max_norm: bound on the joint L2 norm, greater than 0.
+
+    Returns:
+        A factor from 0 to 1; 1 where the joint norm is already under the bound.
+
+    Raises:
+        ValueError: a norm that is not finite, or a bound that is not greater than 0.
+
+    Guarantees:
+        float32 tensors times the factor, rounded to nearest, have a joint norm of at most max_norm.
+
+        | norm        | factor |
+        |-------------|--------|
+        | 0           | 1      |
+        | NaN, Inf    | error  |
+        | no tensors  | 1      |
+    """
+    if not max_norm > 0:
+        raise ValueError("max_norm must be greater than 0")
+    norm = math.sqrt(math.fsum(squares))
+    if not math.isfinite(norm):
+        raise ValueError("the norm to clip is not finite; check the update first")
+    target = max_norm * _ROUNDING
+    return 1.0 if norm <= target else target / norm
+
+
+def clip_to(max_norm: float, tensors: Iterable[torch.Tensor], squares: Iterable[float]) -> float:
+    """Scale `tensors` in place so that their joint L2 norm is at most `max_norm`; the factor."""
+    factor = clip_factor(squares, max_norm)
+    if factor < 1.0:
+        for tensor in tensors:
+            tensor.mul_(factor)
+    return factor

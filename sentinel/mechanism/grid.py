@@ -1,0 +1,28 @@
+"""Grid: the step to which values are rounded before noise, chosen from public figures only."""
+
+from __future__ import annotations
+
+import math
+
+
+def grid_step(max_norm: float, coordinates: int) -> float:
+    """The rounding step for a clipped vector.
+
+    Args:
+        max_norm: L2 bound C of the vector, greater than 0.
+        coordinates: number D of values in it.
+
+    Returns:
+        The largest power of two g with g * sqrt(D) / 2 <= 2^-12 * C. Rounding every coordinate to
+        a multiple of g moves the vector by at most that much.
+
+    Why: on multiples of g, the sum of a value and of noise that was itself rounded to g is what
+    rounding (value + ideal noise) gives, so the release is post-processing of the Gaussian
+    mechanism, and where the result lies says nothing about the value (Mironov 2012).
+    """
+    return 2.0 ** math.floor(math.log2(max_norm * 2.0**-11 / math.sqrt(max(coordinates, 1))))
+
+
+def rounding_reach(step: float, coordinates: int) -> float:
+    """How far rounding to `step` can move a vector of `coordinates` values, in L2."""
+    return step * math.sqrt(coordinates) / 2

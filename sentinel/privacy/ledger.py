@@ -1,0 +1,294 @@
+"""Ledger: the durable account of what was spent, shared by everything that trains on a dataset.
+
+- Every charge is on disk (SQLite, WAL, synchronous=FULL) before anything can leave.
+- The check against the budget and the charge are one transaction: concurrent processes on one
+  ledger never overspend.
+- Nothing is ever removed or refunded. Each row carries the hash of the row before it; the head
+  (sequence number and hash) goes into every record of the audit log, so that a ledger put back
+  from a backup is seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sentinel.durable import open_private
+from sentinel.errors import Withheld
+from sentinel.privacy.accounting import total
+from sentinel.privacy.events import event_from_json
+from sentinel.terms import Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from sentinel.privacy.accounting import Promise, Spent
+    from sentinel.privacy.events import GaussianEvent, UnboundedEvent
+
+GENESIS = "0" * 64
+_SCHEMA_VERSION = 1
+_BUSY_SECONDS = 30.0
+_CREATE = """
+CREATE TABLE IF NOT EXISTS event (
+    seq INTEGER PRIMARY KEY,
+    at INTEGER NOT NULL,
+    dataset TEXT NOT NULL,
+    policy TEXT NOT NULL,
+    round TEXT NOT NULL,
+    event TEXT NOT NULL,
+    log_seq INTEGER NOT NULL,
+    log_head TEXT NOT NULL,
+    hash TEXT NOT NULL
+) STRICT
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The last row: its sequence number (0: none yet) and its hash."""
+
+    seq: int
+    hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """One event to be written.
+
+    Attributes:
+        at: seconds since 1970.
+        dataset: the patients behind it.
+        policy: digest of the policy file.
+        round: key of the round.
+        event: what it costs.
+        log_head: the last record of the audit log, so that a log cut short is seen.
+    """
+
+    at: int
+    dataset: str
+    policy: str
+    round: str
+    event: GaussianEvent | UnboundedEvent
+    log_head: Head
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One event as it stands in the ledger."""
+
+    seq: int
+    at: int
+    dataset: str
+    policy: str
+    round: str
+    event: GaussianEvent | UnboundedEvent
+    log_head: Head
+
+
+class Ledger:
+    """The account in one file; opened anew for each operation, so that processes can share it."""
+
+    def __init__(self, path: Path) -> None:
+        """Open or create the ledger and check its chain.
+
+        Raises:
+            Withheld: LEDGER_DAMAGED where the file is no ledger, or its chain is broken.
+        """
+        self._path = path
+        os.close(open_private(path, os.O_RDWR | os.O_CREAT))
+        with self._connection() as db:
+            db.execute("PRAGMA journal_mode=WAL")
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (0, _SCHEMA_VERSION):
+                raise _damaged("was written by another version")
+            db.execute(_CREATE)
+            db.execute(f"PRAGMA user_version={_SCHEMA_VERSION}")
+        self.verify()
+
+    def head(self) -> Head:
+        """The last row's sequence number and hash."""
+        with self._connection() as db:
+            return _head(db)
+
+    def hash_at(self, seq: int) -> str | None:
+        """The hash of one row; None where there is no such row."""
+        if seq == 0:
+            return GENESIS
+        with self._connection() as db:
+            row = db.execute("SELECT hash FROM event WHERE seq = ?", (seq,)).fetchone()
+        return None if row is None else str(row[0])
+
+    def charge(self, charge: Charge, promise: Promise | None) -> Head:
+        """Write one event, durably, if the budget allows it.
+
+        Args:
+            charge: the event.
+            promise: the budget it must stay in; None where nothing is promised.
+
+        Returns:
+            The new head.
+
+        Raises:
+            Withheld: BUDGET_EXHAUSTED; then nothing was written.
+        """
+        with self._connection() as db:
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                if promise is not None:
+                    _require_budget(_counted(db, charge.dataset), charge.event, promise)
+                head = _append(db, charge)
+                db.execute("COMMIT")
+            except BaseException:
+                db.execute("ROLLBACK")
+                raise
+        return head
+
+    def require_budget(
+        self, dataset: str, event: GaussianEvent | UnboundedEvent, promise: Promise
+    ) -> None:
+        """Raise BUDGET_EXHAUSTED where charging `event` would exceed the promise."""
+        with self._connection() as db:
+            _require_budget(_counted(db, dataset), event, promise)
+
+    def spent(self, dataset: str, promise: Promise) -> Spent:
+        """What all events on `dataset` add up to."""
+        with self._connection() as db:
+            return total(_counted(db, dataset), promise)
+
+    def count_since(self, dataset: str, at: int) -> int:
+        """How many events on `dataset` were charged at or after a time."""
+        with self._connection() as db:
+            query = "SELECT COUNT(*) FROM event WHERE dataset = ? AND at >= ?"
+            return int(db.execute(query, (dataset, at)).fetchone()[0])
+
+    def rows(self, dataset: str | None = None) -> list[Row]:
+        """All events in order, of one dataset or of all."""
+        with self._connection() as db:
+            found = db.execute("SELECT * FROM event ORDER BY seq").fetchall()
+        rows = [_row(columns) for columns in found]
+        return [row for row in rows if dataset in (None, row.dataset)]
+
+    def last_log_head(self) -> Head:
+        """The audit record that the last event names."""
+        with self._connection() as db:
+            query = "SELECT log_seq, log_head FROM event ORDER BY seq DESC LIMIT 1"
+            row = db.execute(query).fetchone()
+        return Head(0, GENESIS) if row is None else Head(*row)
+
+    def verify(self) -> Head:
+        """Recompute the chain; the head.
+
+        Raises:
+            Withheld: LEDGER_DAMAGED where a row was changed, removed or cannot be read.
+        """
+        with self._connection() as db:
+            found = db.execute("SELECT * FROM event ORDER BY seq").fetchall()
+        head = Head(0, GENESIS)
+        for columns in found:
+            expected = _hash(head.hash, columns[:-1])
+            if columns[0] != head.seq + 1 or columns[-1] != expected:
+                raise _damaged(f"has a row that was changed or removed, at {head.seq + 1}")
+            _row(columns)
+            head = Head(columns[0], expected)
+        return head
+
+    @contextmanager
+    def _connection(self) -> Iterator[sqlite3.Connection]:
+        try:
+            db = sqlite3.connect(self._path, timeout=_BUSY_SECONDS, isolation_level=None)
+            try:
+                db.execute("PRAGMA synchronous=FULL")
+                yield db
+            finally:
+                db.close()
+        except sqlite3.OperationalError as error:
+            raise Withheld(
+                Reason.STORAGE_FAILED,
+                "The ledger could not be read or written; check space and permissions of the state "
+                "folder.",
+            ) from error
+        except sqlite3.DatabaseError as error:
+            raise _damaged("is no ledger, or is damaged") from error
+
+
+def _damaged(problem: str) -> Withheld:
+    return Withheld(
+        Reason.LEDGER_DAMAGED,
+        f"The ledger {problem}. Nothing is released until it is put right; do not delete it.",
+    )
+
+
+def _head(db: sqlite3.Connection) -> Head:
+    row = db.execute("SELECT seq, hash FROM event ORDER BY seq DESC LIMIT 1").fetchone()
+    return Head(0, GENESIS) if row is None else Head(*row)
+
+
+def _append(db: sqlite3.Connection, charge: Charge) -> Head:
+    before = _head(db)
+    values = (
+        before.seq + 1,
+        charge.at,
+        charge.dataset,
+        charge.policy,
+        charge.round,
+        charge.event.model_dump_json(),
+        charge.log_head.seq,
+        charge.log_head.hash,
+    )
+    head = Head(before.seq + 1, _hash(before.hash, values))
+    db.execute("INSERT INTO event VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (*values, head.hash))
+    return head
+
+
+def _hash(before: str, values: tuple[object, ...]) -> str:
+    return hashlib.sha256(json.dumps([before, *values]).encode()).hexdigest()
+
+
+def _row(columns: tuple[object, ...]) -> Row:
+    seq, at, dataset, policy, round_key, event, log_seq, log_head, _ = columns
+    try:
+        known = event_from_json(str(event))
+    except ValueError:
+        raise _damaged("holds an event of an unknown kind or version") from None
+    return Row(
+        int(str(seq)),
+        int(str(at)),
+        str(dataset),
+        str(policy),
+        str(round_key),
+        known,
+        Head(int(str(log_seq)), str(log_head)),
+    )
+
+
+def _counted(db: sqlite3.Connection, dataset: str) -> dict[GaussianEvent | UnboundedEvent, int]:
+    query = "SELECT event, COUNT(*) FROM event WHERE dataset = ? GROUP BY event"
+    counted: dict[GaussianEvent | UnboundedEvent, int] = {}
+    for text, times in db.execute(query, (dataset,)):
+        try:
+            counted[event_from_json(text)] = times
+        except ValueError:
+            raise _damaged("holds an event of an unknown kind or version") from None
+    return counted
+
+
+def _require_budget(
+    counted: dict[GaussianEvent | UnboundedEvent, int],
+    event: GaussianEvent | UnboundedEvent,
+    promise: Promise,
+) -> None:
+    after = counted | {event: counted.get(event, 0) + 1}
+    spent = total(after, promise)
+    if spent.epsilon > promise.epsilon:
+        raise Withheld(
+            Reason.BUDGET_EXHAUSTED,
+            f"One more release would spend epsilon {spent.epsilon:.3g} of {promise.epsilon:.3g} "
+            f"(delta {promise.delta:g}, unit {promise.unit}, adjacency {promise.adjacency}); the "
+            "budget holds for the life of the ledger. See `sentinel budget show`.",
+        )

@@ -1,0 +1,480 @@
+"""Release: the numbered steps from a trained model to what may leave.
+
+0. Gate.       Policy unexpired, budget left, rate limit, patients behind the update.
+1. Read.       Build the update; refuse what is malformed.
+2. Base.       Under a site-level promise: clip, round to grid, add noise, as the policy fixed it.
+3. Charge.     The ledger, durably, before anything can leave.
+4. Measure.    The sensitivity score of what would leave.
+5. Decide.     A pure function of policy and evidence.
+6. Transform.  As the plan says.
+7. Record.     Durably.
+8. Release.    Once; asked again, the stored bytes.
+
+Under a promise, steps 4 to 8 are given the output of step 2 alone (`Outgoing`); the raw update is
+overwritten in place by step 2 and is not reachable from them. Without one, they read the raw
+update, and nothing formal is promised. Every error withholds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+from sentinel.audit import (
+    Record,
+    UpdateDecided,
+    UpdateReleased,
+    UpdateReplayed,
+    UpdateWithheld,
+    log2_bucket,
+    score_step,
+)
+from sentinel.chunks import sum_of_squares
+from sentinel.errors import MisuseError, SentinelError, Withheld
+from sentinel.mechanism import GaussianMechanism
+from sentinel.mechanism.transform import transform_
+from sentinel.policy import decide, let_out
+from sentinel.privacy import Charge, GaussianEvent, Head, Promise, UnboundedEvent
+from sentinel.privacy.ledger import GENESIS
+from sentinel.releases import Ending, Fate
+from sentinel.terms import Action, Evidence, Plan, Reason, Unit
+from sentinel.update import Kind, State, Update, model_digest
+
+if TYPE_CHECKING:
+    import datetime as dt
+    from collections.abc import Callable, Collection, Mapping
+
+    import torch
+
+    from sentinel.audit import AuditLog, Entry
+    from sentinel.mechanism import Entropy
+    from sentinel.policy import LoadedPolicy, Policy
+    from sentinel.privacy import Ledger
+    from sentinel.releases import Releases, RoundKey
+    from sentinel.terms import Verdict
+
+_DAY = 24 * 60 * 60  # seconds
+# Decided on the update: a retry would be a second answer about the same patients.
+_FINAL = frozenset(
+    {
+        Reason.NOT_FINITE,
+        Reason.TOO_SENSITIVE,
+        Reason.WITHHELD_BY_RULE,
+        Reason.NOTHING_LET_OUT,
+    }
+)
+
+
+class Clock(Protocol):
+    """The time, as an argument."""
+
+    def __call__(self) -> dt.datetime:
+        """Now, with a time zone."""
+
+
+class Measure(Protocol):
+    """Scores what would leave."""
+
+    def __call__(self, deltas: Mapping[str, torch.Tensor]) -> float:
+        """The sensitivity score, 0 to 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class House:
+    """The parts that a release goes through."""
+
+    policy: LoadedPolicy
+    ledger: Ledger
+    log: AuditLog
+    releases: Releases
+    entropy: Callable[[], Entropy]
+    clock: Clock
+    process: str  # random id of the guard, 32 hex digits
+
+    @property
+    def rules(self) -> Policy:
+        """What the policy file says."""
+        return self.policy.policy
+
+    def now(self) -> int:
+        """Seconds since 1970."""
+        return int(self.clock().timestamp())
+
+    def write(self, kind: type[Record], **fields: object) -> Entry:
+        """Append one record, with the ledger's head in it."""
+
+        def build() -> Record:
+            head = self.ledger.head()
+            return kind.model_validate(
+                {
+                    "at": self.now(),
+                    "process": self.process,
+                    "ledger_seq": head.seq,
+                    "ledger_head": head.hash,
+                    **fields,
+                }
+            )
+
+        return self.log.append(build)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRound:
+    """A round that was inspected and may be released.
+
+    Attributes:
+        base: the global state; not written.
+        buffers: names known to be buffers.
+        patients: how many stand behind the update, as the caller says; None where it does not.
+        measure: scores what would leave.
+    """
+
+    key: RoundKey
+    base: Mapping[str, torch.Tensor]
+    global_model: str
+    buffers: Collection[str]
+    patients: int | None
+    suspicion: float
+    verdict: Verdict
+    unhealthy: bool
+    measure: Measure
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """What would leave: all that steps 4 to 8 are given.
+
+    Attributes:
+        update: its deltas, and their sums of squares, are noised already where `base_std` is not 0.
+        base_std: standard deviation of the noise that step 2 added.
+    """
+
+    update: Update
+    base_std: float
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """What steps 4 to 6 came to."""
+
+    evidence: Evidence
+    plan: Plan
+    clipped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """What leaves; `decided` is None where it had left before and was given again."""
+
+    state: State
+    decided: Decided | None
+
+    @property
+    def replayed(self) -> bool:
+        """Whether the stored bytes of an earlier release were given."""
+        return self.decided is None
+
+
+def release(
+    house: House, opened: OpenRound, local: Callable[[], Mapping[str, torch.Tensor]], kind: Kind
+) -> Released:
+    """Take one update through the steps.
+
+    Args:
+        house: policy, ledger, log, store and entropy.
+        opened: the round.
+        local: gives the local state; not called where the round has been released already.
+        kind: what to release, "weights" or "delta".
+
+    Returns:
+        What leaves: the same names, shapes and dtypes as the global state.
+
+    Raises:
+        Withheld: nothing leaves; the reason is recorded.
+        MisuseError: a released round is asked for in another form.
+    """
+    with house.releases.locked(opened.key):
+        try:
+            require_sound(house)
+            ending = house.releases.ending(opened.key)
+            if ending is not None:
+                return _again(house, opened, ending, kind)
+            return _first(house, opened, local, kind)
+        except Withheld as error:
+            _record_withheld(house, opened, error.reason)
+            raise
+        except SentinelError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, it withholds
+            withheld = _unexpected(error)
+            _record_withheld(house, opened, withheld.reason)
+            raise withheld from None
+
+
+def _first(
+    house: House, opened: OpenRound, local: Callable[[], Mapping[str, torch.Tensor]], kind: Kind
+) -> Released:
+    gate(house, opened.patients)  # 0
+    update = _read(house, opened, local())  # 1
+    outgoing = _base_mechanism(house, update)  # 2
+    spent = _charge(house, opened)  # 3
+    sensitivity = opened.measure(outgoing.update.deltas)  # 4
+    evidence = Evidence(
+        outgoing.update.coordinates, sensitivity, opened.suspicion, spent, opened.unhealthy
+    )
+    plan = decide(house.rules, evidence)  # 5
+    _require_release(house, evidence, plan)
+    state, clipped = _transform(house, outgoing, plan, kind)  # 6
+    decided = Decided(evidence, plan, clipped)
+    _record(house, opened, decided, state, kind)  # 7
+    return Released(state, decided)  # 8
+
+
+def gate(house: House, patients: int | None) -> None:
+    """Step 0: whatever can be said before the update is looked at."""
+    policy = house.rules
+    if policy.expired(house.clock().date()):
+        raise Withheld(
+            Reason.POLICY_EXPIRED, f"The policy expired on {policy.expires}; install a newer one."
+        )
+    _require_patients(policy, patients)
+    limit = policy.limits.rounds_per_day
+    if limit is not None and house.ledger.count_since(policy.dataset, house.now() - _DAY) >= limit:
+        raise Withheld(
+            Reason.RATE_LIMITED,
+            f"{limit} rounds were charged in the last 24 hours, as many as the policy allows.",
+        )
+    if policy.privacy is not None and policy.privacy.unit is not Unit.SITE:
+        raise Withheld(
+            Reason.PROMISE_NOT_KEPT,
+            f"The policy promises privacy per {policy.privacy.unit}, which the training step has "
+            "to keep, and this update does not come from private training. Use a policy with unit "
+            '"site" or without a promise.',
+        )
+    promise = promise_of(policy)
+    if promise is not None:
+        house.ledger.require_budget(policy.dataset, event_of(policy), promise)
+
+
+def _require_patients(policy: Policy, patients: int | None) -> None:
+    least = policy.limits.min_patients
+    if least is None:
+        return
+    if policy.privacy is not None and policy.privacy.patients is not None:
+        patients = policy.privacy.patients
+    if patients is None:
+        raise Withheld(
+            Reason.PATIENTS_UNKNOWN,
+            f"The policy asks for at least {least} patients behind an update, and the round does "
+            "not say how many there are: guard.round(..., patients=...).",
+        )
+    if patients < least:
+        raise Withheld(
+            Reason.TOO_FEW_PATIENTS,
+            f"The policy asks for at least {least} patients behind an update; fewer stand behind "
+            "this one.",
+        )
+
+
+def _read(house: House, opened: OpenRound, local: Mapping[str, torch.Tensor]) -> Update:
+    policy = house.rules
+    try:
+        return Update.from_states(
+            opened.base,
+            local,
+            buffers=opened.buffers,
+            statistics_as_parameters=policy.limits.statistics == "as-parameters",
+            let_out=lambda names: let_out(policy, names),
+        )
+    except Withheld as error:
+        if error.reason is Reason.NOT_FINITE:  # the one bit outside a promise; charged like any
+            _charge(house, opened)
+        raise
+
+
+def _base_mechanism(house: House, update: Update) -> Outgoing:
+    privacy = house.rules.privacy
+    if privacy is None:
+        return Outgoing(update, 0.0)
+    mechanism = GaussianMechanism(privacy.clip_norm, privacy.noise_multiplier)
+    mechanism.apply_(update.deltas, update.squares, house.entropy())
+    squares = {name: sum_of_squares(delta) for name, delta in update.deltas.items()}
+    noised = replace(update, squares=squares)  # the raw sums go no further
+    return Outgoing(noised, privacy.clip_norm * privacy.noise_multiplier)
+
+
+def _charge(house: House, opened: OpenRound) -> float:
+    """Write the event; the share of the budget that is spent now."""
+    policy, promise = house.rules, promise_of(house.rules)
+    last = house.log.last()
+    charge = Charge(
+        at=house.now(),
+        dataset=policy.dataset,
+        policy=house.policy.digest,
+        round=opened.key.digest,
+        event=event_of(policy),
+        log_head=Head(0, GENESIS) if last is None else Head(last.seq, last.hash),
+    )
+    house.ledger.charge(charge, promise)
+    if promise is None:
+        return 0.0
+    return min(1.0, house.ledger.spent(policy.dataset, promise).epsilon / promise.epsilon)
+
+
+def promise_of(policy: Policy) -> Promise | None:
+    """The budget that the policy promises; None where it promises nothing."""
+    privacy = policy.privacy
+    if privacy is None:
+        return None
+    return Promise(privacy.unit, privacy.adjacency, privacy.epsilon, privacy.delta)
+
+
+def event_of(policy: Policy) -> GaussianEvent | UnboundedEvent:
+    """What one release under the policy costs."""
+    privacy = policy.privacy
+    if privacy is None:
+        return UnboundedEvent()
+    return GaussianEvent(
+        unit=privacy.unit,
+        adjacency=privacy.adjacency,
+        noise_multiplier=privacy.noise_multiplier,
+    )
+
+
+def _require_release(house: House, evidence: Evidence, plan: Plan) -> None:
+    if plan.action is Action.RELEASE:
+        return
+    if plan.action is Action.WITHHOLD:
+        raise Withheld(
+            Reason.NOTHING_LET_OUT, "No rule of the policy lets any parameter of this model leave."
+        )
+    by_score = decide(house.rules, _without_sensitivity(evidence)).action < plan.action
+    reason = Reason.TOO_SENSITIVE if by_score else Reason.WITHHELD_BY_RULE
+    deciding = ", ".join(
+        rule.id
+        for rule in house.rules.rules
+        if rule.id in plan.decided_by and rule.action >= Action.WITHHOLD_UPDATE
+    )
+    raise Withheld(reason, f"The policy withholds this update (rule {deciding}).")
+
+
+def _without_sensitivity(evidence: Evidence) -> Evidence:
+    return Evidence(
+        evidence.coordinates, 0.0, evidence.suspicion, evidence.budget_spent, evidence.unhealthy
+    )
+
+
+def _transform(house: House, outgoing: Outgoing, plan: Plan, kind: Kind) -> tuple[State, bool]:
+    update = outgoing.update
+    done = transform_(
+        update.deltas,
+        update.squares,
+        plan,
+        aliases=update.aliases,
+        base_std=outgoing.base_std,
+        entropy=house.entropy(),
+    )
+    return update.assemble(done.released, noised=done.noised, kind=kind), done.clipped
+
+
+def _record(house: House, opened: OpenRound, decided: Decided, state: State, kind: Kind) -> None:
+    evidence, plan = decided.evidence, decided.plan
+    released = [name for name, t in plan.treatments.items() if t.action is Action.RELEASE]
+    promised = house.rules.privacy is not None
+    house.write(
+        UpdateDecided,
+        round=opened.key.digest,
+        promised=promised,
+        sensitivity=score_step(evidence.sensitivity),
+        suspicion=score_step(evidence.suspicion),
+        budget_spent=score_step(evidence.budget_spent),
+        rules=tuple(
+            place for place, rule in enumerate(house.rules.rules) if rule.id in plan.decided_by
+        ),
+        released=len(released),
+        withheld=len(opened.base) - len(released),
+        coordinates=log2_bucket(sum(evidence.coordinates[name] for name in released)),
+        clipped=None if promised else decided.clipped,
+    )
+    digest = model_digest(state)
+    house.releases.store(opened.key, state)
+    house.releases.end(
+        opened.key, Ending(Fate.RELEASED, opened.global_model, released=digest, kind=kind)
+    )
+    house.write(UpdateReleased, round=opened.key.digest, released=digest)
+
+
+def _again(house: House, opened: OpenRound, ending: Ending, kind: Kind) -> Released:
+    """A round that has ended: the same answer, whatever the local state is now."""
+    require_same_model(ending, opened.global_model)
+    if ending.fate is Fate.WITHHELD:
+        raise Withheld(
+            ending.reason or Reason.ROUND_CLOSED,
+            "This round was withheld after its update was looked at; the answer stands.",
+        )
+    if ending.kind != kind:
+        raise MisuseError(
+            f"This round was released as {ending.kind!r}; ask for the same again, since a round is "
+            "released once."
+        )
+    state = house.releases.load(opened.key, ending)
+    house.write(UpdateReplayed, round=opened.key.digest, released=ending.released)
+    return Released(state, decided=None)
+
+
+def require_same_model(ending: Ending, global_model: str) -> None:
+    """Refuse a round number that has ended with another global model."""
+    if ending.global_model != global_model:
+        raise Withheld(
+            Reason.OTHER_GLOBAL_MODEL,
+            "This round number has ended already, with another global model. A new job needs a new "
+            "run: Guard(..., run=...).",
+        )
+
+
+def require_sound(house: House) -> None:
+    """Stop everything where ledger and log do not fit together: one was put back or cut short."""
+    noted = house.ledger.last_log_head()
+    last = house.log.last()
+    if (0 if last is None else last.seq) < noted.seq:
+        raise Withheld(
+            Reason.LOG_DAMAGED,
+            "The audit log is shorter than the ledger says: it was cut or replaced.",
+        )
+    if last is not None and last.seq == noted.seq and last.hash != noted.hash:
+        raise Withheld(Reason.LOG_DAMAGED, "The audit log is not the one that the ledger names.")
+    if last is not None and house.ledger.hash_at(last.record.ledger_seq) != last.record.ledger_head:
+        raise Withheld(
+            Reason.LEDGER_BEHIND_LOG,
+            "The ledger lacks charges that the audit log names: it was put back from a backup, or "
+            "replaced. Put the newer one back; nothing is released until then.",
+        )
+
+
+def _record_withheld(house: House, opened: OpenRound, reason: Reason) -> None:
+    """Write the refusal where that is possible; a log that cannot be written withholds as well."""
+    try:
+        if reason in _FINAL and house.releases.ending(opened.key) is None:
+            ending = Ending(Fate.WITHHELD, opened.global_model, reason=reason)
+            house.releases.end(opened.key, ending)
+        house.write(UpdateWithheld, round=opened.key.digest, reason=reason)
+    except (OSError, Withheld):
+        return
+
+
+def _unexpected(error: Exception) -> Withheld:
+    """An error nobody foresaw, without its text, which might hold values."""
+    if isinstance(error, OSError):
+        return Withheld(
+            Reason.STORAGE_FAILED,
+            "The state folder could not be written; check space and permissions.",
+        )
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    module = "?" if place is None else place.tb_frame.f_globals.get("__name__", "?")
+    line = 0 if place is None else place.tb_lineno
+    return Withheld(
+        Reason.INTERNAL_ERROR,
+        f"{type(error).__name__} at {module}:{line}; nothing was released. Please report it.",
+    )

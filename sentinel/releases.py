@@ -1,0 +1,159 @@
+"""Releases: what was given out for each round, so that asking again gives the same bytes.
+
+Per round there is one small file with its fate, and, once released, the tensors (safetensors).
+The fate is written after the tensors and before they are given out, so a fate of `released` always
+has its tensors. After pruning the fate stays as a tombstone.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Literal
+
+import safetensors.torch
+from safetensors import SafetensorError
+
+from sentinel.durable import (
+    locked,
+    open_private,
+    private_folder,
+    replace_file,
+    sync_file,
+    sync_folder,
+)
+from sentinel.errors import Withheld
+from sentinel.terms import Reason
+from sentinel.update import model_digest
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
+    import torch
+
+
+class Fate(enum.StrEnum):
+    """How a round ended."""
+
+    RELEASED = "released"
+    WITHHELD = "withheld"  # decided on data: final, or the answers to retries would add up
+    PRUNED = "pruned"
+
+
+@dataclass(frozen=True, slots=True)
+class RoundKey:
+    """A round: federation, run and number. Its digest names it on disk and in the log."""
+
+    federation: str
+    run: str
+    number: int
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the three, 64 hex digits."""
+        text = json.dumps([self.federation, self.run, self.number])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """The fate of one round.
+
+    Attributes:
+        global_model: digest of the global model it was trained on.
+        released: digest of the released state; empty unless released or pruned.
+        kind: whether weights or the delta were released.
+        reason: why it was withheld; None unless withheld.
+    """
+
+    fate: Fate
+    global_model: str
+    released: str = ""
+    kind: Literal["weights", "delta"] = "weights"
+    reason: Reason | None = None
+
+
+class Releases:
+    """The folder of endings and released tensors."""
+
+    def __init__(self, folder: Path) -> None:
+        """Make the folder (0700) where it is missing."""
+        self._folder = private_folder(folder)
+
+    def locked(self, key: RoundKey) -> AbstractContextManager[None]:
+        """Hold one round alone, across threads and processes."""
+        return locked(self._folder / f"{key.digest}.lock")
+
+    def ending(self, key: RoundKey) -> Ending | None:
+        """How the round ended; None while it has not.
+
+        Raises:
+            Withheld: ROUND_CLOSED where the file cannot be read as an ending.
+        """
+        path = self._path(key, "json")
+        if not path.exists():
+            return None
+        try:
+            found = json.loads(path.read_bytes())
+            reason = found.pop("reason")
+            fate = Fate(found.pop("fate"))
+            return Ending(fate=fate, reason=None if reason is None else Reason(reason), **found)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise _closed("cannot be read, so it stays closed") from None
+
+    def end(self, key: RoundKey, ending: Ending) -> None:
+        """Write the fate of a round, durably."""
+        replace_file(self._path(key, "json"), json.dumps(asdict(ending)).encode())
+
+    def store(self, key: RoundKey, state: dict[str, torch.Tensor]) -> None:
+        """Write what will be released, durably, without a copy in memory."""
+        path = self._path(key, "safetensors")
+        draft = self._path(key, f"{os.getpid()}.draft")
+        os.close(open_private(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC))
+        try:
+            safetensors.torch.save_file(state, draft)
+            draft.chmod(0o600)
+            sync_file(draft)
+            draft.replace(path)
+        except SafetensorError as error:
+            raise OSError("the released tensors could not be written") from error
+        finally:
+            draft.unlink(missing_ok=True)
+        sync_folder(self._folder)
+
+    def load(self, key: RoundKey, ending: Ending) -> dict[str, torch.Tensor]:
+        """The stored tensors of a released round.
+
+        Raises:
+            Withheld: ROUND_CLOSED where they were pruned, are missing, or are not what was
+                released.
+        """
+        if ending.fate is Fate.PRUNED:
+            raise _closed("was released and since removed from the store; it is not made again")
+        try:
+            state = safetensors.torch.load_file(self._path(key, "safetensors"))
+        except (OSError, SafetensorError):
+            raise _closed("was released, but the stored tensors cannot be read") from None
+        if model_digest(state) != ending.released:
+            raise _closed("was released, but the stored tensors were changed since")
+        return state
+
+    def prune(self, key: RoundKey) -> None:
+        """Remove the tensors of a released round; its tombstone stays and refuses."""
+        ending = self.ending(key)
+        if ending is None or ending.fate is not Fate.RELEASED:
+            return
+        self.end(key, Ending(Fate.PRUNED, ending.global_model, ending.released, ending.kind))
+        self._path(key, "safetensors").unlink(missing_ok=True)
+        sync_folder(self._folder)
+
+    def _path(self, key: RoundKey, suffix: str) -> Path:
+        return self._folder / f"{key.digest}.{suffix}"
+
+
+def _closed(problem: str) -> Withheld:
+    return Withheld(Reason.ROUND_CLOSED, f"This round {problem}.")

@@ -1,0 +1,317 @@
+"""Update: the difference between a trained model and the global model it started from.
+
+Rules, in the order in which they are enforced:
+
+- Both states are mappings of names to dense tensors with the same names and shapes; anything
+  unknown, missing or reshaped is refused by name (never by value).
+- Integer and boolean entries (step counters, indices) and normalisation statistics never leave:
+  the global model's own value goes back. Statistics may be treated as parameters on request.
+- Every other floating entry is a parameter. A 0-d entry is a parameter of one value; a zero-size
+  entry is a parameter of none.
+- Entries that share their storage are one parameter, counted and noised once.
+- All arithmetic is on the difference, in float32, or in float64 where the model is float64.
+- A difference that is not finite is refused.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from sentinel.chunks import chunks
+from sentinel.errors import MisuseError, Withheld
+from sentinel.terms import Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
+State = dict[str, torch.Tensor]
+Kind = Literal["weights", "delta"]
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+_STATISTICS = ("running_mean", "running_var")
+
+
+class Role(enum.Enum):
+    """What an entry of a state is to the update."""
+
+    PARAMETER = "parameter"
+    STATISTIC = "statistic"  # floating, but computed from data: BatchNorm's running mean
+    COUNTER = "counter"  # integers and booleans
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What one round of training changed, and all that is needed to give it back.
+
+    Attributes:
+        deltas: local - global for every parameter that may leave, contiguous, float32 or wider,
+            on the device of the local state. Owned by the update: mechanisms work in place.
+        squares: sum of squares of each delta.
+        aliases: name -> the name under which its tied tensor stands in `deltas`.
+        base: the global state, borrowed and never written.
+        roles: role of every entry, in the order of the global state.
+    """
+
+    deltas: State
+    squares: dict[str, float]
+    aliases: dict[str, str]
+    base: Mapping[str, torch.Tensor]
+    roles: dict[str, Role]
+
+    @classmethod
+    def from_states(
+        cls,
+        global_state: Mapping[str, torch.Tensor],
+        local_state: Mapping[str, torch.Tensor],
+        *,
+        buffers: Collection[str] = (),
+        statistics_as_parameters: bool = False,
+        let_out: Callable[[Collection[str]], Collection[str]] | None = None,
+    ) -> Update:
+        """Read an update.
+
+        Args:
+            global_state: the model as it was received.
+            local_state: the model after training: the same names and shapes.
+            buffers: names known to be buffers of the model; a floating buffer is a statistic.
+            statistics_as_parameters: treat normalisation statistics like parameters.
+            let_out: given the names of all parameters, those that may leave; the others are
+                dropped before any norm. All of them where left out.
+
+        Returns:
+            The update; its deltas are fresh memory.
+
+        Raises:
+            Withheld: STRUCTURE_MISMATCH or NOT_FINITE, naming the entry.
+        """
+        check_structure(global_state, local_state)
+        roles = _roles(global_state, buffers, as_parameters=statistics_as_parameters)
+        names = [name for name, role in roles.items() if role is Role.PARAMETER]
+        aliases = _tied(names, global_state, local_state)
+        leaving = set(names if let_out is None else let_out(names))
+        leaving -= _touched_by(set(names) - leaving, aliases)
+        deltas: State = {}
+        squares: dict[str, float] = {}
+        for name in names:
+            if name in leaving and name not in aliases:
+                deltas[name], squares[name] = _difference(
+                    name, local_state[name], global_state[name]
+                )
+        kept = {alias: name for alias, name in aliases.items() if alias in leaving}
+        return cls(deltas, squares, kept, global_state, roles)
+
+    @property
+    def coordinates(self) -> dict[str, int]:
+        """Values behind each name that may leave; a tied name counts 0, its tensor is counted."""
+        return {name: delta.numel() for name, delta in self.deltas.items()} | dict.fromkeys(
+            self.aliases, 0
+        )
+
+    def assemble(
+        self, released: Collection[str], *, noised: Collection[str] = (), kind: Kind = "weights"
+    ) -> State:
+        """Give the update back as a state dict; uses up the deltas.
+
+        Args:
+            released: names in `deltas` that leave; all others go back as the global model has them.
+            noised: those of them that carry noise.
+            kind: "weights" (global + delta) or "delta".
+
+        Returns:
+            The same names, shapes and dtypes as the global state, in memory of its own.
+
+        Guarantees:
+            Without noise, each value is rounded toward the global model's own, so that the
+            difference which a receiver computes is no larger than the delta in any coordinate.
+            With noise the nearest value is taken (post-processing), and values beyond the dtype's
+            range are set to its largest.
+        """
+        out: State = {}
+        for name, base in self.base.items():
+            if name in released:
+                delta = self.deltas[name]
+                out[name] = _combine(base, delta, nearest=name in noised, kind=kind)
+                if self._is_variance(name) and kind == "weights":
+                    out[name].clamp_(min=torch.finfo(out[name].dtype).tiny)
+            elif self.aliases.get(name) in released:
+                out[name] = out[self.aliases[name]].clone()
+            else:
+                out[name] = base.detach().clone() if kind == "weights" else torch.zeros_like(base)
+        return out
+
+    @staticmethod
+    def _is_variance(name: str) -> bool:
+        return name.rpartition(".")[2] == "running_var"
+
+
+def check_structure(
+    global_state: Mapping[str, torch.Tensor], local_state: Mapping[str, torch.Tensor]
+) -> None:
+    """Refuse a local state whose names, shapes or kinds of dtype are not the global model's."""
+    for name in local_state:
+        if name not in global_state:
+            raise _mismatch(name, "is not in the global model")
+    for name, base in global_state.items():
+        if name not in local_state:
+            raise _mismatch(name, "is missing from the local model")
+        _check_entry(name, base)
+        local = local_state[name]
+        _check_entry(name, local)
+        if local.shape != base.shape:
+            raise _mismatch(name, "has another shape than in the global model")
+        if local.is_floating_point() != base.is_floating_point():
+            raise _mismatch(name, "has another kind of dtype than in the global model")
+
+
+def _check_entry(name: str, value: object) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise _mismatch(name, "is no tensor; a state dict of tensors was expected")
+    if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+        raise _mismatch(name, "is sparse, quantized or has no data; a dense tensor was expected")
+    if value.dtype not in (*_FLOATS, *_WHOLE):
+        raise _mismatch(
+            name, "has a dtype that is not supported; use float64/32/16, bfloat16, int or bool"
+        )
+
+
+def _mismatch(name: str, problem: str) -> Withheld:
+    return Withheld(Reason.STRUCTURE_MISMATCH, f"Entry {name!r} {problem}; nothing was released.")
+
+
+def _roles(
+    state: Mapping[str, torch.Tensor], buffers: Collection[str], *, as_parameters: bool
+) -> dict[str, Role]:
+    def role(name: str, value: torch.Tensor) -> Role:
+        if not value.is_floating_point():
+            return Role.COUNTER
+        if name in buffers or name.rpartition(".")[2] in _STATISTICS:
+            return Role.PARAMETER if as_parameters else Role.STATISTIC
+        return Role.PARAMETER
+
+    return {name: role(name, value) for name, value in state.items()}
+
+
+def _storage_key(tensor: torch.Tensor) -> tuple[object, ...]:
+    return (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+
+
+def _tied(
+    names: list[str],
+    global_state: Mapping[str, torch.Tensor],
+    local_state: Mapping[str, torch.Tensor],
+) -> dict[str, str]:
+    """Each later name of a tied tensor -> its first name.
+
+    Tied is what shares storage in the local state and is equal in the global one. Entries that
+    overlap in part, or whose global values differ, stay separate parameters: the joint norm then
+    counts both, which is larger and so still a bound.
+    """
+    first: dict[tuple[object, ...], str] = {}
+    aliases: dict[str, str] = {}
+    for name in names:
+        if not local_state[name].numel():
+            continue
+        original = first.setdefault(_storage_key(local_state[name]), name)
+        if original != name and _same(global_state[name], global_state[original]):
+            aliases[name] = original
+    return aliases
+
+
+def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return left.dtype == right.dtype and torch.equal(left, right)
+
+
+def _touched_by(names: set[str], aliases: Mapping[str, str]) -> set[str]:
+    """`names` and every name tied to one of them: what one name withholds, its twins do too."""
+    originals = {aliases.get(name, name) for name in names}
+    return originals | {alias for alias, original in aliases.items() if original in originals}
+
+
+def _difference(name: str, local: torch.Tensor, base: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """`local - base` as fresh contiguous memory, and its sum of squares, in one pass."""
+    wide = torch.float64 if torch.float64 in (local.dtype, base.dtype) else torch.float32
+    delta = torch.empty(local.shape, dtype=wide, device=local.device)
+    local, base = local.detach().contiguous(), base.detach().to(local.device).contiguous()
+    total = torch.zeros((), dtype=torch.float64, device=delta.device)
+    for out, new, old in zip(chunks(delta), chunks(local), chunks(base), strict=True):
+        torch.sub(new.to(wide), old.to(wide), out=out)
+        square = out.double()
+        total += torch.dot(square, square)
+    square_sum = float(total)
+    if not math.isfinite(square_sum):
+        raise Withheld(
+            Reason.NOT_FINITE,
+            f"Entry {name!r} holds values that are not finite (NaN or infinity), or too large to "
+            "measure; nothing was released. Check the training step for divergence.",
+        )
+    return delta, square_sum
+
+
+def _combine(base: torch.Tensor, delta: torch.Tensor, *, nearest: bool, kind: Kind) -> torch.Tensor:
+    """`base + delta` (or `delta` alone) in the dtype of `base`; reuses `delta` where it can."""
+    in_place = delta.dtype == base.dtype
+    out = delta if in_place else torch.empty(base.shape, dtype=base.dtype, device=delta.device)
+    base = base.detach().to(delta.device).contiguous()
+    largest = torch.finfo(base.dtype).max
+    for target, change, start in zip(chunks(out), chunks(delta), chunks(base), strict=True):
+        origin = start.double() if kind == "weights" else torch.zeros_like(start).double()
+        wide = change.double()
+        value = (origin + wide).clamp_(-largest, largest).to(base.dtype)
+        if not nearest:
+            beyond = (value.double() - origin).abs() > wide.abs()
+            value = torch.where(beyond, torch.nextafter(value, origin.to(base.dtype)), value)
+        target.copy_(value)
+    return out if in_place else out.view(base.shape)
+
+
+def shares_storage(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> bool:
+    """Whether any tensor of one state lives in memory of the other."""
+
+    def storages(state: Mapping[str, torch.Tensor]) -> set[int]:
+        return {value.untyped_storage().data_ptr() for value in state.values()} - {0}
+
+    return not storages(left).isdisjoint(storages(right))
+
+
+def model_digest(state: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over sorted (name, dtype, shape, little-endian bytes); 64 hex digits.
+
+    Args:
+        state: names to dense tensors. Only for public states: a global model, or what was released.
+
+    Guarantees:
+        Two states have the same digest only where names, dtypes, shapes and bytes are equal: each
+        header is framed by its length. The order of the mapping does not matter.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach()
+        header = json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode()
+        digest.update(len(header).to_bytes(8, "little") + header)
+        if tensor.numel():
+            digest.update(_bytes_of(tensor))
+    return digest.hexdigest()
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    flat = tensor.cpu().contiguous().view(-1).view(torch.uint8)
+    return flat.numpy().data
+
+
+def require_state(state: object, what: str) -> None:
+    """Refuse, as misuse, anything that is not a non-empty mapping of names to tensors."""
+    if not isinstance(state, Mapping) or not state:
+        raise MisuseError(f"{what} must be a non-empty state dict (names to tensors).")
+    for name, value in state.items():
+        if not isinstance(name, str):
+            raise MisuseError(f"{what} has an entry whose name is no text; state dicts have names.")
+        _check_entry(name, value)

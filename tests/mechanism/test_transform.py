@@ -1,0 +1,106 @@
+"""A plan is carried out in its order, every bound holds, and a promise's base is not weakened."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from sentinel.chunks import sum_of_squares
+from sentinel.mechanism import GaussianMechanism
+from sentinel.mechanism.transform import Transformed, transform_
+from sentinel.terms import Action, NormBound, Plan, Treatment
+
+
+def run(
+    deltas: dict,
+    plan: Plan,
+    entropy: object,
+    aliases: dict | None = None,
+    base_std: float = 0.0,
+) -> Transformed:
+    squares = {name: sum_of_squares(delta) for name, delta in deltas.items()}
+    return transform_(
+        deltas, squares, plan, aliases=aliases or {}, base_std=base_std, entropy=entropy
+    )
+
+
+def plan_of(treatments: dict[str, Treatment], *bounds: NormBound) -> Plan:
+    return Plan(Action.RELEASE, treatments, bounds, ())
+
+
+def test_every_bound_holds_and_a_tensor_takes_the_smallest_factor(fixed_entropy) -> None:
+    deltas = {"a": torch.full((100,), 1.0), "b": torch.full((100,), 1.0)}
+    plan = plan_of(
+        dict.fromkeys(deltas, Treatment()),
+        NormBound(frozenset({"a", "b"}), 1.0),
+        NormBound(frozenset({"b"}), 0.01),
+    )
+    done = run(deltas, plan, fixed_entropy(0))
+    assert done.clipped
+    assert deltas["b"].norm() <= 0.01
+    assert 0.7 < deltas["a"].norm() <= 1.0
+
+
+def test_max_abs_comes_before_the_clip(fixed_entropy) -> None:
+    """One huge value is cut first; clipping first would have crushed all the others."""
+    deltas = {"a": torch.tensor([1e6, 0.1, 0.1])}
+    plan = plan_of({"a": Treatment(max_abs=0.1)}, NormBound(frozenset({"a"}), 10.0))
+    run(deltas, plan, fixed_entropy(0))
+    assert deltas["a"].tolist() == pytest.approx([0.1, 0.1, 0.1])
+
+
+def test_the_bound_holds_before_the_noise_with_the_grid_counted_in(fixed_entropy) -> None:
+    deltas = {"a": torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 50}
+    bound = NormBound(frozenset({"a"}), 1.0)
+    run(deltas, plan_of({"a": Treatment(noise_std=1e-9)}, bound), fixed_entropy(0))
+    assert 0.999 < deltas["a"].double().norm() <= 1.0 + 1e-6
+
+
+def test_noise_is_masked_and_rescaled_with_the_signal(fixed_entropy) -> None:
+    deltas = {"a": torch.zeros(200_000)}
+    plan = plan_of({"a": Treatment(noise_std=1.0, keep=0.25)}, NormBound(frozenset({"a"}), 1.0))
+    done = run(deltas, plan, fixed_entropy(1))
+    kept = deltas["a"][deltas["a"] != 0]
+    assert done.noised == {"a"}
+    assert kept.numel() / 200_000 == pytest.approx(0.25, abs=0.01)
+    assert kept.std().item() == pytest.approx(4.0, rel=0.03)
+
+
+def test_only_the_noise_that_is_missing_is_added(fixed_entropy) -> None:
+    for wanted, total in [(0.5, 3.0), (5.0, 5.0)]:
+        generator = torch.Generator().manual_seed(5)
+        deltas = {"a": 3.0 * torch.randn(100_000, generator=generator)}
+        run(deltas, plan_of({"a": Treatment(noise_std=wanted)}), fixed_entropy(2), base_std=3.0)
+        assert deltas["a"].std().item() == pytest.approx(total, rel=0.02)
+
+
+def test_the_stricter_treatment_of_a_tied_name_counts(fixed_entropy) -> None:
+    deltas = {"embed": torch.ones(1000)}
+    treatments = {"embed": Treatment(), "head": Treatment(noise_std=2.0)}
+    bound = NormBound(frozenset({"head"}), 0.1)
+    done = run(deltas, plan_of(treatments, bound), fixed_entropy(3), aliases={"head": "embed"})
+    assert done.noised == {"embed"}
+    assert done.clipped
+    assert deltas["embed"].std().item() == pytest.approx(2.0, rel=0.1)
+    treatments["head"] = Treatment(action=Action.WITHHOLD)
+    assert not run(
+        deltas, plan_of(treatments), fixed_entropy(3), aliases={"head": "embed"}
+    ).released
+
+
+def test_the_base_mechanism_clips_to_the_grid_and_adds_its_noise(fixed_entropy) -> None:
+    deltas = {"a": torch.full((50_000,), 3.0), "b": torch.tensor(3.0)}
+    squares = {name: sum_of_squares(delta) for name, delta in deltas.items()}
+    GaussianMechanism(clip_norm=2.0, noise_multiplier=0.5).apply_(deltas, squares, fixed_entropy(4))
+    assert deltas["a"].std().item() == pytest.approx(1.0, rel=0.02)
+    expected = 2.0 / math.sqrt(50_001)
+    assert deltas["a"].mean().item() == pytest.approx(expected, abs=0.02)
+
+
+def test_an_all_zero_update_still_gets_noise(fixed_entropy) -> None:
+    deltas = {"a": torch.zeros(1000), "none": torch.zeros(0)}
+    squares = {"a": 0.0, "none": 0.0}
+    GaussianMechanism(1.0, 1.0).apply_(deltas, squares, fixed_entropy(5))
+    assert deltas["a"].std().item() == pytest.approx(1.0, rel=0.1)
