@@ -51,7 +51,6 @@ if TYPE_CHECKING:
     from sentinel.policy import LoadedPolicy, Policy
     from sentinel.privacy import Ledger
     from sentinel.releases import Releases, RoundKey
-    from sentinel.terms import Verdict
 
 _DAY = 24 * 60 * 60  # seconds
 # Decided on the update: a retry would be a second answer about the same patients.
@@ -135,7 +134,6 @@ class OpenRound:
     buffers: Collection[str]
     patients: int | None
     suspicion: float
-    verdict: Verdict
     unhealthy: bool
     measure: Measure
 

@@ -25,8 +25,8 @@ class FromData:
 
 Seq = Annotated[int, Field(ge=0, le=2**53)]
 Seconds = Annotated[int, Field(ge=0, le=2**40)]
-Digest = Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\Z")]
-RandomId = Annotated[str, Field(pattern=r"\A[0-9a-f]{32}\Z")]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+RandomId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Score = Annotated[int, Field(ge=0, le=SCORE_STEPS)]
 Index = Annotated[int, Field(ge=0, le=2**16)]
 Log2 = Annotated[int, Field(ge=0, le=63)]
