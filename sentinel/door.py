@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from sentinel import audit, detection
 from sentinel.audit import AlertEvent, Alerts
-from sentinel.errors import MisuseError, RoundRefused, Withheld
-from sentinel.policy import refuses
+from sentinel.detection.bundle import GLOBAL_MODEL, UPDATE_SENSITIVITY
+from sentinel.errors import MisuseError, PolicyError, RoundRefused, Withheld
+from sentinel.policy import refuses, unmatched
 from sentinel.release import House, OpenRound, gate, require_same_model, require_sound
 from sentinel.terms import Reason, Verdict, Weakness
 from sentinel.update import model_digest
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from sentinel.detection import Inspection, Reference
+    from sentinel.policy import Policy
     from sentinel.releases import RoundKey
     from sentinel.state import StateFolder
 
@@ -57,7 +59,7 @@ class Door:
             build=build_digest(),
             policy=self.house.policy.digest,
             detectors=tuple(
-                detection.load_detector(name).digest for name in detection.DETECTOR_NAMES
+                detection.load_detector(name).digest for name in (UPDATE_SENSITIVITY, GLOBAL_MODEL)
             ),
             weaknesses=tuple(weaknesses),
         )
@@ -77,6 +79,7 @@ class Door:
         """
         digest = model_digest(base)
         require_sound(self.house)
+        _require_matches(self.house.rules, base)
         ending = self.house.releases.ending(key)
         if ending is not None:
             require_same_model(ending, digest)
@@ -128,14 +131,30 @@ class Door:
         self, model: nn.Module | None, base: Mapping[str, torch.Tensor]
     ) -> Callable[[Mapping[str, torch.Tensor]], float]:
         """Scores what would leave, against a reference through this very model where it is here."""
-        reference: Reference | None = None
-        if model is not None:
-            reference = detection.build_reference(model, base, cache=self._state.references)
+        reference = None if model is None else self._reference(model, base)
 
         def measure(deltas: Mapping[str, torch.Tensor]) -> float:
             return detection.score_update(deltas, reference).overall
 
         return measure
+
+    def _reference(self, model: nn.Module, base: Mapping[str, torch.Tensor]) -> Reference | None:
+        """The reference of this architecture; None for a model that synthetic inputs do not fit."""
+        try:
+            return detection.build_reference(model, base, folder=self._state.references)
+        except MisuseError:
+            return None
+
+
+def _require_matches(policy: Policy, base: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a policy with a glob that matches no entry of this model: most likely a typo."""
+    missing = unmatched(policy, list(base))
+    if missing:
+        rule, glob = missing[0]
+        raise PolicyError(
+            f"Rule {rule!r} of policy {policy.name!r} matches nothing in this model with {glob!r}. "
+            "Correct the glob, or take it out; `sentinel policy check --model` finds all of them."
+        )
 
 
 def _remembered(text: str) -> detection.History:

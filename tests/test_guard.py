@@ -40,7 +40,7 @@ unit = "site"
 epsilon = 20.0
 delta = 1e-5
 clip_norm = 0.5
-noise_multiplier = 8.0
+noise_multiplier = 2.0
 [[rule]]
 id = "baseline"
 """
@@ -303,7 +303,7 @@ def test_a_site_promise_is_charged_stops_at_its_budget_and_is_noised(make_guard,
     assert len(outs) == state.ledger.head().seq > 10
     assert 15 < state.ledger.spent("default", promise).epsilon <= 20.0
     coordinates = sum(value.numel() for value in start.values())
-    assert distance(outs[-1], start) == pytest.approx(4.0 * math.sqrt(coordinates), rel=0.3)
+    assert distance(outs[-1], start) == pytest.approx(1.0 * math.sqrt(coordinates), rel=0.3)
     decided = [e.record for e in read_log(state.audit) if e.record.type == "update.decided"]
     assert all(record.data_bits == 0 and record.clipped is None for record in decided)
 

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import sqlite3
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -92,7 +93,7 @@ class Row:
 
 
 class Ledger:
-    """The account in one file; opened anew for each operation, so that processes can share it."""
+    """The account in one file, shared by threads and processes."""
 
     def __init__(self, path: Path) -> None:
         """Open or create the ledger and check its chain.
@@ -101,6 +102,10 @@ class Ledger:
             Withheld: LEDGER_DAMAGED where the file is no ledger, or its chain is broken.
         """
         self._path = path
+        self._lock = threading.RLock()
+        self._db: sqlite3.Connection | None = None
+        self._owner = 0
+        self._file = (0, 0)
         os.close(open_private(path, os.O_RDWR | os.O_CREAT))
         with self._connection() as db:
             db.execute("PRAGMA journal_mode=WAL")
@@ -200,13 +205,14 @@ class Ledger:
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
+        """The connection of this process, one operation at a time.
+
+        It is kept open, since closing the last one of a database in WAL mode copies and syncs the
+        whole log. A connection must not cross a fork, so a child opens its own.
+        """
         try:
-            db = sqlite3.connect(self._path, timeout=_BUSY_SECONDS, isolation_level=None)
-            try:
-                db.execute("PRAGMA synchronous=FULL")
-                yield db
-            finally:
-                db.close()
+            with self._lock:
+                yield self._connected()
         except sqlite3.OperationalError as error:
             raise Withheld(
                 Reason.STORAGE_FAILED,
@@ -215,6 +221,28 @@ class Ledger:
             ) from error
         except sqlite3.DatabaseError as error:
             raise _damaged("is no ledger, or is damaged") from error
+
+    def _connected(self) -> sqlite3.Connection:
+        if self._db is None or self._owner != os.getpid() or not self._is_the_file():
+            self._db = sqlite3.connect(
+                self._path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+            )
+            self._owner = os.getpid()
+            self._file = _identity(self._path)
+            self._db.execute("PRAGMA synchronous=FULL")
+        return self._db
+
+    def _is_the_file(self) -> bool:
+        """Whether the connection is to what lies there now: the file may have been put back."""
+        return self._file == _identity(self._path)
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return (0, 0)
+    return (found.st_dev, found.st_ino)
 
 
 def _damaged(problem: str) -> Withheld:

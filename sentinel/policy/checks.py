@@ -1,0 +1,239 @@
+"""What is wrong with a policy that the schema allows: holes, dead rules, noise that drowns.
+
+An error means that the file does not do what a reader would take from it. A warning is a choice
+that somebody should have made on purpose. A note is worth knowing before signing.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sentinel.policy.decide import KNOBS, at_least, known_at_opening, let_out, unmatched
+from sentinel.terms import Action, Unit
+
+if TYPE_CHECKING:
+    import datetime as dt
+    from collections.abc import Iterator, Mapping
+
+    from sentinel.policy.schema import Policy, Rule, When
+
+EXPIRES_SOON = 14  # days
+LARGE_EPSILON = 10.0  # above it the bound on an attacker's gain, exp(epsilon), means little
+_MAX_NAMES = 20  # parameters that a note names; `explain --json` names them all
+_SCORES = ("sensitivity", "suspicion", "budget_spent", "unhealthy")
+
+
+class Severity(enum.StrEnum):
+    """How much a finding weighs."""
+
+    ERROR = "error"
+    WARNING = "warning"
+    NOTE = "note"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that `check` found; `rule` is the id of the rule it is about, if any."""
+
+    severity: Severity
+    message: str
+    rule: str | None = None
+
+
+def check(
+    policy: Policy, today: dt.date, candidates: Mapping[str, int] | None = None
+) -> tuple[Finding, ...]:
+    """Look for what the schema cannot see.
+
+    Args:
+        policy: the policy.
+        today: the date (UTC) against which `expires` is read.
+        candidates: the parameters of a model that could leave, name -> number of values; with
+            them, a glob that matches nothing is an error.
+
+    Returns:
+        All findings, errors first.
+    """
+    found = [
+        *_lets_out_nothing(policy),
+        *_expiry(policy, today),
+        *_missing_protection(policy),
+        *_promise(policy),
+        *(finding for rule in policy.rules for finding in _dead(policy, rule)),
+    ]
+    if candidates is not None:
+        found += _against_model(policy, candidates)
+    order = list(Severity)
+    return tuple(sorted(found, key=lambda finding: order.index(finding.severity)))
+
+
+def failed(findings: tuple[Finding, ...]) -> bool:
+    """Say whether at least one finding is an error."""
+    return any(finding.severity is Severity.ERROR for finding in findings)
+
+
+def _error(message: str, rule: str | None = None) -> Finding:
+    return Finding(Severity.ERROR, message, rule)
+
+
+def _warning(message: str, rule: str | None = None) -> Finding:
+    return Finding(Severity.WARNING, message, rule)
+
+
+def _lets_out_nothing(policy: Policy) -> Iterator[Finding]:
+    """Look for rules that always hold everything back, or for none that lets anything out."""
+    blocking = [rule for rule in policy.always if rule.action is not Action.RELEASE]
+    blocking = [rule for rule in blocking if rule.everywhere]
+    for rule in blocking:
+        yield _error(
+            "releases nothing: this rule applies always and to every parameter, and holds it back",
+            rule.id,
+        )
+    if not blocking and not any(rule.action is Action.RELEASE for rule in policy.always):
+        yield _error(
+            "releases nothing: only a rule without `when` lets parameters out, and there is none"
+        )
+
+
+def _expiry(policy: Policy, today: dt.date) -> Iterator[Finding]:
+    if policy.expires is None:
+        return
+    left = (policy.expires - today).days
+    if left < 0:
+        yield _error(f"expired on {policy.expires}: every update is withheld; renew it")
+    elif left <= EXPIRES_SOON:
+        yield _warning(f"expires on {policy.expires}, in {left} days; then updates are withheld")
+
+
+def _missing_protection(policy: Policy) -> Iterator[Finding]:
+    if policy.privacy is None and policy.noise_norm is None:
+        yield _warning(
+            "no bound on the update's size: no rule without `when` gives a max_norm for every "
+            "parameter (match **)"
+        )
+    if policy.privacy is None and not any(rule.noise_ratio for rule in policy.always):
+        yield _warning("no noise on an ordinary update: no rule without `when` has a noise_ratio")
+    if policy.limits.min_patients is None:
+        yield _warning("limits.min_patients is left out: one patient alone may be behind an update")
+    stopping = [
+        rule
+        for rule in policy.rules
+        if rule.action >= Action.WITHHOLD_UPDATE and known_at_opening(rule.when)
+    ]
+    if not any(rule.when is None or not rule.when.unhealthy for rule in stopping):
+        yield _warning(
+            "no rule stops a crafted global model; add one with when = { suspicion = 0.5 } and "
+            'action = "refuse-round"'
+        )
+    if not any(rule.when is None or rule.when.suspicion is None for rule in stopping):
+        yield _warning(
+            "no rule stops a broken global model; add one with when = { unhealthy = true } and "
+            'action = "refuse-round"'
+        )
+
+
+def _promise(policy: Policy) -> Iterator[Finding]:
+    privacy = policy.privacy
+    if privacy is None:
+        yield Finding(
+            Severity.NOTE,
+            "no formal guarantee: without a [privacy] table the protection is measured, not proved",
+        )
+        return
+    if privacy.epsilon > LARGE_EPSILON:
+        yield _warning(
+            f"privacy.epsilon = {privacy.epsilon:g} promises next to nothing; 1 to 8 is usual"
+        )
+    if privacy.unit is Unit.SITE:
+        for rule in policy.rules:
+            if rule.when is not None and rule.when.sensitivity is not None:
+                yield Finding(
+                    Severity.NOTE,
+                    'under unit "site" the sensitivity score sees the noise of the promise, so '
+                    "that this rule is nearly blind",
+                    rule.id,
+                )
+
+
+def _dead(policy: Policy, rule: Rule) -> Iterator[Finding]:
+    """Look for reasons why a rule can never apply, or changes nothing when it does."""
+    when = rule.when
+    if when is not None:
+        yield from _unreachable(policy, rule, when)
+    if rule.noise_ratio == 0:
+        yield _warning("noise_ratio = 0 asks for nothing: the strictest rule wins", rule.id)
+    for other in policy.rules:
+        if other is not rule and _outdone(rule, other):
+            yield _warning(
+                f'changes nothing: whenever it applies, rule "{other.id}" asks for as much or '
+                "more; tighten it or remove it",
+                rule.id,
+            )
+            return
+
+
+def _unreachable(policy: Policy, rule: Rule, when: When) -> Iterator[Finding]:
+    if when.budget_spent and policy.privacy is None:
+        yield _error(
+            "can never apply: without a [privacy] table there is no budget, and budget_spent "
+            "stays 0",
+            rule.id,
+        )
+    for score in ("sensitivity", "suspicion", "budget_spent"):
+        threshold = getattr(when, score)
+        if threshold == 1.0:
+            yield _warning(f"{score} = 1.0 is reached by a score of exactly 1 alone", rule.id)
+    if all(getattr(when, score) in (None, 0.0) for score in _SCORES):
+        yield _warning("always applies: its thresholds are 0; leave `when` out", rule.id)
+    if rule.action is Action.REFUSE_ROUND and not known_at_opening(when):
+        yield _warning(
+            "asks for what is known only after training: the round is trained, and then its update "
+            'is withheld; for a refusal use suspicion or unhealthy, else "withhold-update"',
+            rule.id,
+        )
+
+
+def _outdone(rule: Rule, other: Rule) -> bool:
+    """Say whether `other` applies whenever `rule` does, and is as strict in every knob."""
+    if not _implied(other.when, rule.when):
+        return False
+    if other.action >= Action.WITHHOLD_UPDATE:
+        return other.action >= rule.action
+    if not (other.everywhere or set(rule.match) <= set(other.match)):
+        return False
+    if rule.when is None and rule.action is Action.RELEASE:
+        return False  # it may let something out that `other` does not
+    asked = [(knob, value) for knob in KNOBS if (value := getattr(rule, knob)) is not None]
+    return all(
+        (bound := getattr(other, knob)) is not None and at_least(bound, value, knob)
+        for knob, value in asked
+    )
+
+
+def _implied(weaker: When | None, stronger: When | None) -> bool:
+    """Say whether reaching every threshold of `stronger` means reaching those of `weaker`."""
+    if weaker is None:
+        return True
+    if stronger is None:
+        return False
+    pairs = ((getattr(weaker, score), getattr(stronger, score)) for score in _SCORES)
+    return all(low is None or (high is not None and low <= high) for low, high in pairs)
+
+
+def _against_model(policy: Policy, candidates: Mapping[str, int]) -> Iterator[Finding]:
+    for rule, glob in unmatched(policy, candidates):
+        yield _error(f"{glob} matches no parameter of this model; mistyped?", rule)
+    leaving = let_out(policy, candidates)
+    if not leaving:
+        yield _error("releases nothing of this model: no parameter is ever let out")
+        return
+    kept = sorted(set(candidates) - leaving)
+    if kept:
+        more = f" and {len(kept) - _MAX_NAMES} more" if len(kept) > _MAX_NAMES else ""
+        yield Finding(
+            Severity.NOTE,
+            f"{len(kept)} of {len(candidates)} parameters never leave: "
+            f"{', '.join(kept[:_MAX_NAMES])}{more}",
+        )

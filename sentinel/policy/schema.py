@@ -1,0 +1,347 @@
+"""What a policy file may say: strict, frozen models, and the checks across them.
+
+A file promises something (`[privacy]`), limits something (`[limits]`) and has rules (`[[rule]]`).
+Unknown keys, NaN, infinity and a boolean where a number belongs are refused. A whole number is
+taken where a decimal one is meant.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
+
+from sentinel.policy import globs
+from sentinel.terms import Action, Adjacency, Unit
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MAX_RULES = 256
+MAX_GLOBS = 64
+MIN_NOISE_MULTIPLIER = 0.05
+NUM_EXAMPLES = "num-examples"
+
+_WORDS = {action.word: action for action in Action}
+
+
+def _action(value: object) -> Action:
+    """Take the word of an action and nothing else: no number, no other spelling."""
+    if isinstance(value, Action):
+        return value
+    if not isinstance(value, str) or value not in _WORDS:
+        raise ValueError("expected " + ", ".join(f'"{word}"' for word in _WORDS))
+    return _WORDS[value]
+
+
+def _not_auto(value: object) -> object:
+    """Refuse the adaptive bound with its reason, not merely as a text that is no number."""
+    if value == "auto":
+        raise ValueError(
+            'expected a number; "auto" is not offered yet, because a server can try to inflate a '
+            "bound that follows what it sends"
+        )
+    return value
+
+
+def _well_formed(glob: str) -> str:
+    wrong = globs.problem(glob)
+    if wrong is not None:
+        raise ValueError(wrong)
+    return glob
+
+
+def _distinct(items: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(items)) < len(items):
+        raise ValueError("each entry may stand here only once")
+    return items
+
+
+def _true(value: bool) -> bool:  # noqa: FBT001  pydantic hands the value over by position
+    if not value:
+        raise ValueError("only true is offered: a rule cannot wait for a healthy model")
+    return value
+
+
+def _meant_for_noise(value: float) -> float:
+    if value < MIN_NOISE_MULTIPLIER:
+        raise ValueError(
+            f"expected {MIN_NOISE_MULTIPLIER} or more: below it the privacy accountants break "
+            "down numerically, and what they would report is no protection in any case"
+        )
+    return value
+
+
+# A norm's two ends, and the lower end of `keep`, hold every product and quotient of them finite.
+Norm = Annotated[float, Field(ge=1e-12, le=1e12)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Identifier = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")]
+Glob = Annotated[str, AfterValidator(_well_formed)]
+ActionWord = Annotated[
+    Action,
+    BeforeValidator(_action),
+    WithJsonSchema({"type": "string", "enum": list(_WORDS)}),
+]
+
+
+class Strict(BaseModel):
+    """Base of everything that is read from a TOML file: strict, closed, frozen, finite."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Privacy(Strict):
+    """The promise. Left out of a file, nothing formal is promised."""
+
+    unit: Annotated[Unit, Field(strict=False, description="whose presence is hidden")]
+    adjacency: Annotated[Adjacency, Field(strict=False)] = Field(
+        default_factory=lambda known: (
+            Adjacency.REPLACE if known.get("unit") is Unit.SITE else Adjacency.ADD_OR_REMOVE
+        ),
+        description='"replace" by default for a site, "add-or-remove" otherwise',
+    )
+    patients: Annotated[int, Field(ge=1, le=10**10)] | None = Field(
+        default=None, description="public size of the cohort; needed for patient and record"
+    )
+    epsilon: float = Field(gt=0, le=1000, description="for the life of the ledger")
+    delta: float = Field(gt=0, le=0.01)
+    clip_norm: Norm = Field(description="L2")
+    noise_multiplier: Annotated[float, Field(le=1e6), AfterValidator(_meant_for_noise)] = Field(
+        description="standard deviation of the noise / clip_norm",
+        json_schema_extra={"minimum": MIN_NOISE_MULTIPLIER},
+    )
+
+    @model_validator(mode="after")
+    def _cohort(self) -> Self:
+        if self.unit is not Unit.SITE and self.patients is None:
+            raise ValueError(
+                f'patients is missing: unit "{self.unit}" needs the public size of the cohort'
+            )
+        if self.patients is not None and self.delta * self.patients >= 1:
+            raise ValueError(
+                "delta is too large: expected less than 1 / patients, since a larger one would "
+                "allow handing out one patient's record whole"
+            )
+        return self
+
+
+class Limits(Strict):
+    """What holds whatever the rules say."""
+
+    rounds_per_day: Annotated[int, Field(ge=1, le=10**6)] | None = Field(
+        default=None, description="releases per day; no limit where left out"
+    )
+    min_patients: Annotated[int, Field(ge=1, le=10**10)] | None = Field(
+        default=None, description="an update with fewer patients behind it is withheld"
+    )
+    metrics: Annotated[
+        tuple[Identifier, ...], Field(strict=False, max_length=64), AfterValidator(_distinct)
+    ] = Field(default=(), description="metrics that may leave; all others are dropped")
+    statistics: Literal["withhold", "as-parameters"] = Field(
+        default="withhold",
+        description="running statistics of normalisation layers: send the global model's back, or "
+        "treat them like parameters",
+    )
+
+
+class When(Strict):
+    """Thresholds; a rule applies when all of them are reached (at or above)."""
+
+    sensitivity: Share | None = Field(default=None, description="sensitivity score of the update")
+    suspicion: Share | None = Field(default=None, description="suspicion about the global model")
+    budget_spent: Share | None = Field(default=None, description="share of epsilon that is spent")
+    unhealthy: Annotated[bool, AfterValidator(_true)] | None = Field(
+        default=None, description="the global model is broken rather than crafted; only true"
+    )
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Self:
+        if self == When.model_construct():
+            raise ValueError(
+                "expected at least one of sensitivity, suspicion, budget_spent, unhealthy; leave "
+                "`when` out for a rule that always applies"
+            )
+        return self
+
+
+class Rule(Strict):
+    """One rule: which parameters, when, and what is asked of them."""
+
+    id: Identifier
+    match: Annotated[
+        tuple[Glob, ...],
+        Field(strict=False, min_length=1, max_length=MAX_GLOBS),
+        AfterValidator(_distinct),
+    ] = Field(default=(globs.EVERYTHING,), description="globs on dotted parameter names")
+    when: When | None = Field(default=None, description="left out: the rule always applies")
+    action: ActionWord = Field(
+        default=Action.RELEASE,
+        description="what happens; the one further along this list wins",
+        json_schema_extra={"default": Action.RELEASE.word},
+    )
+    max_norm: Annotated[Norm, BeforeValidator(_not_auto)] | None = Field(
+        default=None, description="L2 norm of what the rule matches, before noise; smallest wins"
+    )
+    max_abs: Norm | None = Field(
+        default=None, description="largest absolute value of a coordinate; smallest wins"
+    )
+    noise_ratio: Annotated[float, Field(ge=0, le=1e6)] | None = Field(
+        default=None, description="expected L2 norm of the noise / max_norm; largest wins"
+    )
+    keep: Annotated[float, Field(ge=1e-6, le=1)] | None = Field(
+        default=None, description="share of coordinates kept, chosen at random; smallest wins"
+    )
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether the rule matches every parameter there is."""
+        return globs.EVERYTHING in self.match
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
+        if self.action >= Action.WITHHOLD_UPDATE and not self.everywhere:
+            raise ValueError(
+                f'action "{self.action.word}" is about the update as a whole: leave match out'
+            )
+        if self.when is None:
+            return self
+        if "action" in self.model_fields_set and self.action is Action.RELEASE:
+            raise ValueError(
+                'a rule with `when` may not have action = "release": only rules without `when` '
+                "let parameters out; leave action out, or make it a rule without `when`"
+            )
+        knobs = (self.max_norm, self.max_abs, self.noise_ratio, self.keep)
+        if self.action is Action.RELEASE and all(knob is None for knob in knobs):
+            raise ValueError(
+                "the rule asks for nothing: give it an action, max_norm, max_abs, noise_ratio or "
+                "keep"
+            )
+        return self
+
+
+class Policy(Strict):
+    """A whole policy file.
+
+    Guarantees: every number is finite; rule ids are unique; where a rule asks for noise, the norm
+    that the noise is measured by is known, and no further rule can thin it out.
+    """
+
+    schema_version: int = Field(alias="schema", ge=1, le=1, description="this format: 1")
+    name: Identifier
+    dataset: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = Field(
+        default="default", description="the patients behind it; one privacy budget per dataset"
+    )
+    expires: dt.date | None = Field(default=None, description="last day on which it is valid (UTC)")
+    privacy: Privacy | None = None
+    limits: Limits = Limits()
+    rules: Annotated[tuple[Rule, ...], Field(strict=False, max_length=MAX_RULES)] = Field(
+        default=(), alias="rule"
+    )
+
+    @property
+    def always(self) -> tuple[Rule, ...]:
+        """The rules without `when`: they alone can let a parameter out."""
+        return tuple(rule for rule in self.rules if rule.when is None)
+
+    @property
+    def noise_norm(self) -> float | None:
+        """C, the L2 norm that `noise_ratio` is relative to; None where the policy names none."""
+        if self.privacy is not None:
+            return self.privacy.clip_norm
+        norms = [rule.max_norm for rule in self.always if rule.everywhere and rule.max_norm]
+        return max(norms, default=None)
+
+    def expired(self, today: dt.date) -> bool:
+        """Say whether `today` (UTC) is past the last day on which the policy is valid."""
+        return self.expires is not None and today > self.expires
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        problems = [*self._rule_problems(), *self._promise_problems()]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _rule_problems(self) -> Iterator[str]:
+        first: dict[str, int] = {}
+        for at, rule in enumerate(self.rules):
+            if first.setdefault(rule.id, at) != at:
+                yield f'rule[{at}].id: "{rule.id}" is the id of rule[{first[rule.id]}]; rename one'
+        noisy = [(at, rule) for at, rule in enumerate(self.rules) if rule.noise_ratio]
+        anchored = any(rule.everywhere for rule in self.always)
+        for at, rule in noisy:
+            if self.noise_norm is None:
+                yield (
+                    f'rule[{at}].noise_ratio (rule "{rule.id}"): noise is measured against a norm, '
+                    "and none is given; add a rule without `when`, with match ** (or no match), "
+                    "that has max_norm"
+                )
+            elif not anchored:
+                # Otherwise a further rule that lets out more parameters would spread the same
+                # noise over more coordinates, and so weaken those already let out.
+                yield (
+                    f'rule[{at}].noise_ratio (rule "{rule.id}"): needs a rule without `when` and '
+                    'with match ** (or no match); keep parameters back by action = "withhold"'
+                )
+
+    def _promise_problems(self) -> Iterator[str]:
+        if self.privacy is None:
+            return
+        if self.privacy.unit is Unit.SITE:
+            for at, rule in enumerate(self.rules):
+                if rule.max_norm is not None:
+                    yield (
+                        f'rule[{at}].max_norm (rule "{rule.id}"): under unit "site" the clip is '
+                        "the promise's; leave it out here and set privacy.clip_norm"
+                    )
+        elif self.limits.statistics != "withhold":
+            yield (
+                'limits.statistics: expected "withhold" under unit "patient" or "record": private '
+                "training does not cover running statistics"
+            )
+        yield from self._count_problems(self.privacy)
+
+    def _count_problems(self, privacy: Privacy) -> Iterator[str]:
+        least, cohort = self.limits.min_patients, privacy.patients
+        if least is not None and cohort is not None and least > cohort:
+            yield (
+                "limits.min_patients: larger than privacy.patients, so nothing would ever be "
+                "released; lower it"
+            )
+        if set(self.limits.metrics) - {NUM_EXAMPLES}:
+            yield f'limits.metrics: under a promise only "{NUM_EXAMPLES}" may leave'
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of policy files, for editors and for other languages."""
+    schema: dict[str, Any] = _as_toml_has_it(Policy.model_json_schema(by_alias=True))
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Gradient Sentinel policy",
+        **schema,
+    }
+
+
+def _as_toml_has_it(node: Any) -> Any:  # noqa: ANN401  any part of a JSON document
+    """Drop null, which TOML does not have, and titles that only repeat the key."""
+    if isinstance(node, list):
+        return [_as_toml_has_it(part) for part in node]
+    if not isinstance(node, dict):
+        return node
+    choices = [choice for choice in node.get("anyOf", ()) if choice != {"type": "null"}]
+    node = {key: value for key, value in node.items() if key not in {"anyOf", "title"}}
+    node = {key: value for key, value in node.items() if value is not None}
+    if len(choices) == 1:
+        node = {**choices[0], **node}
+    elif choices:
+        node["anyOf"] = choices
+    return {key: _as_toml_has_it(value) for key, value in node.items()}

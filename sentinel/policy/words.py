@@ -1,0 +1,105 @@
+"""Say a policy in plain sentences, for a reader who has never seen a gradient."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sentinel.terms import Action, Unit
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sentinel.policy.schema import Policy, Rule, When
+
+ACTIONS = {
+    Action.RELEASE: "released",
+    Action.WITHHOLD: "withheld",
+    Action.WITHHOLD_UPDATE: "the whole update is withheld",
+    Action.REFUSE_ROUND: "the round is refused",
+}
+
+_OUTCOMES = {
+    Action.RELEASE: "The update is released, treated as listed.",
+    Action.WITHHOLD: "Nothing is released: no parameter is let out.",
+    Action.WITHHOLD_UPDATE: "The whole update is withheld.",
+    Action.REFUSE_ROUND: "The round is refused: the site does not train on this global model.",
+}
+
+
+def outcome(action: Action) -> str:
+    """Say what an action of the update as a whole means."""
+    return _OUTCOMES[action]
+
+
+def promise(policy: Policy) -> str:
+    """Say what the policy promises."""
+    privacy = policy.privacy
+    if privacy is None:
+        return (
+            "It promises nothing formal: the protection is measured, not proved, and every report "
+            "says so."
+        )
+    whose = {Unit.SITE: "the whole site", Unit.PATIENT: "each patient", Unit.RECORD: "each record"}
+    what = "the whole update" if privacy.unit is Unit.SITE else "every step of the training"
+    return (
+        f"It promises differential privacy for {whose[privacy.unit]} ({privacy.adjacency}): "
+        f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g}, for the life of the ledger. For "
+        f"that, {what} is clipped to a size (L2 norm) of {privacy.clip_norm:g}, with noise of "
+        f"standard deviation {privacy.clip_norm * privacy.noise_multiplier:g} on every value."
+    )
+
+
+def limits(policy: Policy) -> str:
+    """Say what the limits are."""
+    rules = policy.limits
+    parts = [
+        f"An update with fewer than {rules.min_patients} patients behind it is withheld."
+        if rules.min_patients
+        else "No least number of patients is asked for."
+    ]
+    if rules.rounds_per_day:
+        parts.append(f"At most {rules.rounds_per_day} updates leave per day.")
+    allowed = ", ".join(rules.metrics) or "none"
+    parts.append(f"Metrics that may leave: {allowed}.")
+    if rules.statistics == "as-parameters":
+        parts.append("Running statistics of normalisation layers are treated like parameters.")
+    return " ".join(parts)
+
+
+def sentence(rule: Rule) -> str:
+    """Say one rule."""
+    start = "Always" if rule.when is None else f"When {_condition(rule.when)}"
+    where = "every parameter" if rule.everywhere else f"what matches {' or '.join(rule.match)}"
+    if rule.action >= Action.WITHHOLD_UPDATE:
+        return f"{start}: {ACTIONS[rule.action]}."
+    if rule.action is Action.WITHHOLD:
+        return f"{start}: {where} is withheld."
+    asked = "; ".join(_asked(rule))
+    if rule.when is None:
+        return f"{start}: {where} may leave" + (
+            f"; {asked}." if asked else "; nothing more is asked."
+        )
+    return f"{start}: for {where}, {asked}."
+
+
+def _condition(when: When) -> str:
+    scores = {
+        "the sensitivity score of the update": when.sensitivity,
+        "the suspicion about the global model": when.suspicion,
+        "the spent share of the privacy budget": when.budget_spent,
+    }
+    parts = [f"{what} is {at:g} or more" for what, at in scores.items() if at is not None]
+    if when.unhealthy:
+        parts.append("the global model is broken")
+    return " and ".join(parts)
+
+
+def _asked(rule: Rule) -> Iterator[str]:
+    if rule.max_abs is not None:
+        yield f"no value may change by more than {rule.max_abs:g}"
+    if rule.max_norm is not None:
+        yield f"the change is scaled down to a size (L2 norm) of at most {rule.max_norm:g}"
+    if rule.noise_ratio is not None:
+        yield f"noise {rule.noise_ratio:g} times as large as the bound on the size is added"
+    if rule.keep is not None:
+        yield f"{100 * rule.keep:g} % of the values are kept, chosen at random"

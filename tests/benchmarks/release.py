@@ -1,0 +1,240 @@
+"""A whole release beside Flower's and NVFLARE's own code, each in a fresh process.
+
+`make bench` runs it. It prints seconds (median), ratios and peak extra memory; it judges nothing.
+Digests and the durable copy are lines of their own: no contestant writes anything to disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+MILLION = 1_000_000
+POLICY = """
+schema = 1
+name = "bench"
+[[rule]]
+id = "baseline"
+max_norm = 1.0
+noise_ratio = 1.0
+"""
+
+
+def states(millions: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A global and a local state of square layers of a million values each."""
+    generator = torch.Generator().manual_seed(0)
+    base = {
+        f"layer{i}.weight": torch.randn(1000, 1000, generator=generator).mul_(0.03)
+        for i in range(millions)
+    }
+    local = {
+        name: value + 1e-3 * torch.randn(value.shape, generator=generator)
+        for name, value in base.items()
+    }
+    return base, local
+
+
+def floor(millions: int) -> Iterator[Callable[[], object]]:
+    """torch.randn of the size, and two copies."""
+    source = torch.empty(millions * MILLION)
+    yield lambda: (torch.randn(millions * MILLION), source.clone(), source.clone())
+
+
+def flower(millions: int) -> Iterator[Callable[[], object]]:
+    """The core of Flower's LocalDpMod: clip the update, add Gaussian noise."""
+    from flwr.supercore.differential_privacy import (
+        add_gaussian_noise_inplace,
+        compute_clip_model_update,
+    )
+
+    base, local = states(millions)
+    before = [value.numpy() for value in base.values()]
+    after = [value.numpy() for value in local.values()]
+
+    def run() -> None:
+        compute_clip_model_update(after, before, 1.0)
+        add_gaussian_noise_inplace(after, 1e-4)
+
+    yield run
+
+
+def nvflare(name: str, millions: int) -> Iterator[Callable[[], object]]:
+    """One of NVFLARE's privacy filters on the difference."""
+    from nvflare.apis.dxo import DXO, DataKind
+    from nvflare.apis.fl_context import FLContext
+    from nvflare.apis.shareable import Shareable
+    from nvflare.app_common.filters.percentile_privacy import PercentilePrivacy
+    from nvflare.app_common.filters.svt_privacy import SVTPrivacy
+
+    logging.disable(logging.CRITICAL)
+    base, local = states(millions)
+    delta = {key: (local[key] - base[key]).numpy() for key in base}
+    privacy = PercentilePrivacy() if name == "percentile" else SVTPrivacy()
+
+    def run() -> None:
+        data = {key: np.array(value) for key, value in delta.items()}
+        privacy.process_dxo(DXO(DataKind.WEIGHT_DIFF, data), Shareable(), FLContext())
+
+    yield run
+
+
+def ours(millions: int) -> Iterator[Callable[[], object]]:
+    """Read, clip, noise from system entropy, score, decide, record, release."""
+    from sentinel import Guard, release, releases
+
+    base, local = states(millions)
+    with tempfile.TemporaryDirectory() as folder:
+        policy = Path(folder) / "policy.toml"
+        policy.write_text(POLICY)
+        guard = Guard(policy, Path(folder) / "state", unsafe_skip_inspection=True)
+        spent = {"digest": 0.0, "durable copy": 0.0}
+        release.model_digest = timed(release.model_digest, spent, "digest")
+        releases.Releases.store = timed(releases.Releases.store, spent, "durable copy")
+        rounds = []
+        for number in range(8):
+            opened = guard.round(number, base)
+            with opened:
+                rounds.append(opened)
+        ours.apart = spent
+        yield lambda: rounds.pop().release(local)
+
+
+def timed(
+    function: Callable[..., object], spent: dict[str, float], name: str
+) -> Callable[..., object]:
+    """`function`, adding its seconds to `spent`."""
+
+    def run(*args: object, **kwargs: object) -> object:
+        start = time.perf_counter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            spent[name] += time.perf_counter() - start
+
+    return run
+
+
+def secure_noise(millions: int) -> Iterator[Callable[[], object]]:
+    """Our noise alone, added in place."""
+    from sentinel.mechanism import SystemEntropy, add_noise_
+
+    tensor = torch.zeros(millions * MILLION)
+    yield lambda: add_noise_(tensor, 1.0, 2.0**-20, SystemEntropy())
+
+
+def normal(millions: int) -> Iterator[Callable[[], object]]:
+    """torch.Tensor.normal_."""
+    tensor = torch.zeros(millions * MILLION)
+    yield tensor.normal_
+
+
+def inspection(millions: int) -> Iterator[Callable[[], object]]:
+    """Inspection of a global model by its weights."""
+    from sentinel.detection import inspect_global_model
+
+    base, _ = states(millions)
+    yield lambda: inspect_global_model(base)
+
+
+CONTESTANTS: dict[str, Callable[[int], Iterator[Callable[[], object]]]] = {
+    "floor": floor,
+    "flower": flower,
+    "nvflare-percentile": lambda size: nvflare("percentile", size),
+    "nvflare-svt": lambda size: nvflare("svt", size),
+    "sentinel": ours,
+    "noise": secure_noise,
+    "normal_": normal,
+    "inspection": inspection,
+}
+
+
+def measure(name: str, millions: int, runs: int) -> dict[str, float]:
+    """Time one contestant in this process: median seconds, and peak extra memory over the size."""
+    for run in CONTESTANTS[name](millions):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        seconds, apart = [], []
+        for _ in range(runs):
+            held = sum(getattr(ours, "apart", {}).values())
+            start = time.perf_counter()
+            run()
+            taken = time.perf_counter() - start
+            apart.append(sum(getattr(ours, "apart", {}).values()) - held)
+            seconds.append(taken - apart[-1])
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        found = {
+            "seconds": statistics.median(seconds),
+            "memory": peak * 1024 / (millions * MILLION * 4),
+        }
+        if name == "sentinel":
+            found |= {key: total / runs for key, total in ours.apart.items()}
+        return found
+    raise AssertionError(name)
+
+
+def table(millions: int, runs: int) -> dict[str, dict[str, float]]:
+    """Measure every contestant in a process of its own."""
+    found = {}
+    for name in CONTESTANTS:
+        command = [sys.executable, __file__, "--one", name, "--millions", str(millions)]
+        done = subprocess.run(  # noqa: S603 - this very file
+            [*command, "--runs", str(runs)], check=True, capture_output=True, text=True
+        )
+        found[name] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def tell(millions: int, found: dict[str, dict[str, float]]) -> None:
+    """Print seconds, memory and the ratios of the design."""
+    print(f"\n{millions} M float32 parameters")
+    for name, row in found.items():
+        print(f"  {name:20} {row['seconds']:8.3f} s   peak extra {row['memory']:5.2f} x the update")
+    own = found["sentinel"]
+    for name in ("digest", "durable copy"):
+        print(f"  {name:20} {own[name]:8.3f} s   (apart; in no ratio)")
+    seconds = {name: row["seconds"] for name, row in found.items()}
+    release = seconds["sentinel"]
+    for text, ratio, aim in [
+        ("Flower / release", seconds["flower"] / release, "at least 3"),
+        ("NVFLARE percentile / release", seconds["nvflare-percentile"] / release, "at least 6"),
+        ("NVFLARE SVT / release", seconds["nvflare-svt"] / release, "at least 6"),
+        ("release / floor", release / seconds["floor"], "at most 1.5"),
+        ("secure noise / normal_", seconds["noise"] / seconds["normal_"], "at most 1"),
+        ("peak extra memory", own["memory"], "at most 1.1"),
+        ("inspection, ms per 100 M", seconds["inspection"] * 1e5 / millions, "at most 100"),
+    ]:
+        print(f"  {text:30} {ratio:8.2f}   aim: {aim}")
+
+
+def main() -> None:
+    """Run the table for each size."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--one", choices=CONTESTANTS)
+    parser.add_argument("--millions", type=int, nargs="+", default=[1, 25, 100])
+    parser.add_argument("--runs", type=int, default=3)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(measure(arguments.one, arguments.millions[0], arguments.runs)))
+        return
+    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    for millions in arguments.millions:
+        tell(millions, table(millions, arguments.runs))
+
+
+if __name__ == "__main__":
+    main()

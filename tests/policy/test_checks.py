@@ -1,0 +1,150 @@
+"""What `check` finds in a policy that the schema allows."""
+
+from __future__ import annotations
+
+import datetime as dt
+
+import pytest
+
+from sentinel.policy.checks import Severity, check, failed
+from sentinel.policy.parsing import parse_toml
+from sentinel.policy.schema import Policy
+
+TODAY = dt.date(2026, 11, 20)
+MODEL = {"body.weight": 100, "head.weight": 10}
+HEAD = 'schema = 1\nname = "p"\n[limits]\nmin_patients = 8\n'
+BASE = '[[rule]]\nid = "base"\nmax_norm = 1\nnoise_ratio = 1\n'
+STOPS = (
+    '[[rule]]\nid = "crafted"\nwhen = { suspicion = 0.5 }\naction = "refuse-round"\n'
+    '[[rule]]\nid = "broken"\nwhen = { unhealthy = true }\naction = "refuse-round"\n'
+)
+SITE = '[privacy]\nunit = "site"\nepsilon = 8\ndelta = 1e-6\nclip_norm = 1\nnoise_multiplier = 1\n'
+RULE = '[[rule]]\nid = "r"\n'
+
+
+def findings(text: str, model: dict[str, int] | None = None) -> list[tuple[str, str | None, str]]:
+    policy = parse_toml(text.encode(), "p.toml", Policy)
+    found = check(policy, TODAY, model)
+    assert failed(found) is any(one.severity is Severity.ERROR for one in found)
+    return [(one.severity.value, one.rule, one.message) for one in found]
+
+
+def test_a_sound_policy_has_nothing_but_the_note_on_its_promise() -> None:
+    assert [severity for severity, _, _ in findings(HEAD + BASE + STOPS, MODEL)] == ["note"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (HEAD + STOPS, ("error", None, "releases nothing: only a rule without")),
+        (
+            HEAD + BASE + STOPS + RULE + 'action = "withhold"\n',
+            ("error", "r", "releases nothing: this rule applies always"),
+        ),
+        (
+            HEAD + BASE + STOPS + RULE + 'action = "withhold-update"\n',
+            ("error", "r", "releases nothing: this rule applies always"),
+        ),
+        (
+            "expires = 2026-11-19\n" + HEAD + BASE + STOPS,
+            ("error", None, "expired on 2026-11-19"),
+        ),
+        (
+            "expires = 2026-12-01\n" + HEAD + BASE + STOPS,
+            ("warning", None, "expires on 2026-12-01, in 11 days"),
+        ),
+        (HEAD + STOPS + '[[rule]]\nid = "b"\n', ("warning", None, "no bound on the update's size")),
+        (HEAD + STOPS + RULE + "max_norm = 1\n", ("warning", None, "no noise on an ordinary")),
+        (HEAD.replace("min_patients = 8\n", "") + BASE + STOPS, ("warning", None, "limits.min_pa")),
+        (HEAD + BASE, ("warning", None, "no rule stops a crafted global model")),
+        (HEAD + BASE, ("warning", None, "no rule stops a broken global model")),
+        (HEAD + BASE + STOPS, ("note", None, "no formal guarantee")),
+        (
+            HEAD + SITE.replace("= 8", "= 20") + STOPS + '[[rule]]\nid = "b"\n',
+            ("warning", None, "privacy.epsilon = 20 promises next to nothing"),
+        ),
+        (
+            HEAD + SITE + STOPS + RULE + "[[rule]]\nid='s'\nwhen={sensitivity=0.5}\nkeep=0.5\n",
+            ("note", "s", 'under unit "site" the sensitivity score sees the noise'),
+        ),
+        (
+            HEAD + BASE + STOPS + RULE + "when = { budget_spent = 0.8 }\nkeep = 0.5\n",
+            ("error", "r", "can never apply: without a [privacy] table"),
+        ),
+        (
+            HEAD + BASE + STOPS + RULE + "when = { sensitivity = 1 }\nkeep = 0.5\n",
+            ("warning", "r", "sensitivity = 1.0 is reached by a score of exactly 1 alone"),
+        ),
+        (
+            HEAD + BASE + STOPS + RULE + "when = { sensitivity = 0 }\nkeep = 0.5\n",
+            ("warning", "r", "always applies"),
+        ),
+        (
+            HEAD + BASE + STOPS + RULE + 'when = { sensitivity = 0.5 }\naction = "refuse-round"\n',
+            ("warning", "r", "asks for what is known only after training"),
+        ),
+        (
+            HEAD + BASE + STOPS + RULE + "when = { sensitivity = 0.5 }\nnoise_ratio = 0\n",
+            ("warning", "r", "noise_ratio = 0 asks for nothing"),
+        ),
+        (
+            HEAD + BASE + STOPS + RULE + "when = { sensitivity = 0.5 }\nmax_norm = 2\n",
+            ("warning", "r", 'changes nothing: whenever it applies, rule "base"'),
+        ),
+        (
+            HEAD + BASE + STOPS + RULE + "when = { suspicion = 0.6 }\nkeep = 0.1\n",
+            ("warning", "r", 'changes nothing: whenever it applies, rule "crafted"'),
+        ),
+    ],
+)
+def test_what_is_found(text: str, expected: tuple[str, str | None, str]) -> None:
+    """Each hole has its sentence, and the rule that it is about."""
+    severity, rule, start = expected
+    assert any(
+        (one[0], one[1]) == (severity, rule) and one[2].startswith(start) for one in findings(text)
+    ), findings(text)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "when = { sensitivity = 0.5 }\nmax_norm = 0.5\n",
+        "when = { sensitivity = 0.5 }\nnoise_ratio = 2\n",
+        "when = { sensitivity = 0.5 }\nmax_norm = 2\nkeep = 0.5\n",
+        "when = { suspicion = 0.4 }\nkeep = 0.5\n",
+        'match = ["head.**"]\naction = "withhold"\n',
+    ],
+)
+def test_a_rule_that_does_something_is_not_called_dead(rule: str) -> None:
+    assert not [one for one in findings(HEAD + BASE + STOPS + RULE + rule) if one[1] == "r"]
+
+
+def test_a_bound_on_a_part_does_not_outdo_a_bound_on_the_whole() -> None:
+    text = (
+        HEAD
+        + BASE
+        + STOPS
+        + '[[rule]]\nid = "part"\nmatch = ["head.**"]\nmax_norm = 0.1\n'
+        + RULE
+        + "when = { sensitivity = 0.5 }\nmax_norm = 0.5\n"
+    )
+    assert not [one for one in findings(text) if one[1] == "r"]
+
+
+def test_a_refusal_is_not_outdone_by_a_withheld_update() -> None:
+    text = HEAD + BASE + '[[rule]]\nid = "w"\nwhen = { suspicion = 0.1 }\n'
+    text += 'action = "withhold-update"\n' + STOPS
+    assert not [one for one in findings(text) if one[1] == "crafted"]
+
+
+def test_a_glob_that_matches_nothing_of_the_model_is_an_error() -> None:
+    text = HEAD + BASE + STOPS + RULE + 'match = ["haed.**", "head.*"]\naction = "withhold"\n'
+    found = findings(text, MODEL)
+    assert found[0] == ("error", "r", "haed.** matches no parameter of this model; mistyped?")
+    assert found[-1][2] == "1 of 2 parameters never leave: head.weight"
+    assert len([one for one in found if one[0] == "error"]) == 1
+
+
+def test_a_policy_that_lets_nothing_of_the_model_out_is_an_error() -> None:
+    text = HEAD + STOPS + RULE + 'match = ["other.*"]\n'
+    assert any(one[2].startswith("releases nothing of this model") for one in findings(text, MODEL))

@@ -1,0 +1,55 @@
+"""Every command that docs/policies.md shows does what it shows."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from sentinel.cli.policy import app
+from sentinel.policy.parsing import parse_toml
+from sentinel.policy.schema import Policy
+
+if TYPE_CHECKING:
+    import pytest
+
+DOCS = Path(__file__).parents[2] / "docs" / "policies.md"
+_BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def test_the_worked_example_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Follow the page from top to bottom: run what it runs, add what it adds."""
+    net = {
+        "encoder": torch.nn.Sequential(
+            torch.nn.Linear(13, 256), torch.nn.ReLU(), torch.nn.Linear(256, 32)
+        ),
+        "classifier": torch.nn.Linear(32, 1),
+    }
+    monkeypatch.chdir(tmp_path)
+    save_file(torch.nn.ModuleDict(net).state_dict(), "model.safetensors")
+    text = DOCS.read_text(encoding="utf-8")
+    worked = text[text.index("## A worked example") :]
+    policy, shown = Path("our-site.toml"), 0
+    for kind, block in _BLOCK.findall(worked):
+        if kind == "toml":
+            file = Path("our-site.test.toml") if "[[case]]" in block else policy
+            file.write_text(f"{file.read_text(encoding='utf-8')}\n{block}", encoding="utf-8")
+            continue
+        command, _, expected = block.partition("\n")
+        arguments = command.removeprefix("$ sentinel policy ").split()
+        assert CliRunner().invoke(app, arguments).output == expected, command
+        shown += 1
+        if "clasifier" in expected:  # the page corrects it in its next sentence
+            corrected = policy.read_text(encoding="utf-8").replace("clasifier", "classifier")
+            policy.write_text(corrected, encoding="utf-8")
+    assert shown == 8
+
+
+def test_the_first_rule_of_the_page_is_a_rule() -> None:
+    block = next(block for _, block in _BLOCK.findall(DOCS.read_text(encoding="utf-8")))
+    text = 'schema = 1\nname = "p"\n[[rule]]\nid = "base"\nmax_norm = 1\n' + block
+    assert parse_toml(text.encode(), "page", Policy).rules[1].keep == 0.5

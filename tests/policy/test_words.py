@@ -1,0 +1,87 @@
+"""Policies in plain sentences."""
+
+from __future__ import annotations
+
+import pytest
+
+from sentinel.policy import words
+from sentinel.policy.parsing import parse_toml
+from sentinel.policy.schema import Policy
+from sentinel.terms import Action
+
+HEAD = 'schema = 1\nname = "p"\n'
+SITE = (
+    '[privacy]\nunit = "site"\nepsilon = 8\ndelta = 1e-6\nclip_norm = 0.5\nnoise_multiplier = 2\n'
+)
+
+
+def policy(text: str) -> Policy:
+    return parse_toml((HEAD + text).encode(), "p.toml", Policy)
+
+
+@pytest.mark.parametrize(
+    ("rule", "sentence"),
+    [
+        ("", "Always: every parameter may leave; nothing more is asked."),
+        (
+            "max_abs = 0.1\nmax_norm = 2\nkeep = 0.25",
+            (
+                "Always: every parameter may leave; no value may change by more than 0.1; the "
+                "change is scaled down to a size (L2 norm) of at most 2; 25 % of the values are "
+                "kept, chosen at random."
+            ),
+        ),
+        ('match = ["a.*", "b"]', "Always: what matches a.* or b may leave; nothing more is asked."),
+        ('match = ["a"]\naction = "withhold"', "Always: what matches a is withheld."),
+        (
+            'when = { budget_spent = 0.8, unhealthy = true }\naction = "withhold-update"',
+            (
+                "When the spent share of the privacy budget is 0.8 or more and the global model is "
+                "broken: the whole update is withheld."
+            ),
+        ),
+        (
+            "when = { sensitivity = 0.5 }\nmax_norm = 1",
+            (
+                "When the sensitivity score of the update is 0.5 or more: for every parameter, the "
+                "change is scaled down to a size (L2 norm) of at most 1."
+            ),
+        ),
+        (
+            'when = { suspicion = 0.5 }\naction = "refuse-round"',
+            "When the suspicion about the global model is 0.5 or more: the round is refused.",
+        ),
+    ],
+)
+def test_a_rule_is_one_sentence(rule: str, sentence: str) -> None:
+    assert words.sentence(policy(f'[[rule]]\nid = "r"\n{rule}\n').rules[0]) == sentence
+
+
+def test_a_promise_says_whose_how_much_and_what_is_done_for_it() -> None:
+    told = words.promise(policy(SITE))
+    assert "differential privacy for the whole site (replace): epsilon 8 at delta 1e-06" in told
+    assert "the whole update is clipped to a size (L2 norm) of 0.5" in told
+    assert "noise of standard deviation 1 on every value" in told
+    patient = policy(SITE.replace('"site"', '"patient"\npatients = 100'))
+    assert "every step of the training is clipped" in words.promise(patient)
+    assert "promises nothing formal" in words.promise(policy(""))
+
+
+def test_limits_say_what_is_missing_too() -> None:
+    assert words.limits(policy("")) == (
+        "No least number of patients is asked for. Metrics that may leave: none."
+    )
+    everything = (
+        '[limits]\nmin_patients = 9\nrounds_per_day = 3\nmetrics = ["num-examples", "loss"]\n'
+        'statistics = "as-parameters"\n'
+    )
+    assert words.limits(policy(everything)) == (
+        "An update with fewer than 9 patients behind it is withheld. At most 3 updates leave per "
+        "day. Metrics that may leave: num-examples, loss. Running statistics of normalisation "
+        "layers are treated like parameters."
+    )
+
+
+def test_every_action_has_its_words() -> None:
+    assert len({words.outcome(action) for action in Action}) == len(Action)
+    assert set(words.ACTIONS) == set(Action)
