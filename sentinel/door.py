@@ -8,20 +8,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sentinel import audit, detection
-from sentinel.audit import AlertEvent, Alerts
+from sentinel.audit import AlertEvent
 from sentinel.detection.bundle import GLOBAL_MODEL, UPDATE_SENSITIVITY
 from sentinel.errors import MisuseError, PolicyError, RoundRefused, Withheld
 from sentinel.policy import refuses, unmatched
-from sentinel.release import House, OpenRound, gate, require_same_model, require_sound
+from sentinel.release import (
+    House,
+    Measure,
+    gate,
+    require_same_model,
+    require_sound,
+)
 from sentinel.terms import Reason, Verdict, Weakness
 from sentinel.update import model_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     import torch
     from torch import nn
 
+    from sentinel.audit import Alerts
     from sentinel.detection import Inspection, Reference
     from sentinel.policy import Policy
     from sentinel.releases import RoundKey
@@ -36,10 +43,10 @@ class Door:
         alerts: where refusals are told.
     """
 
-    def __init__(self, house: House, state: StateFolder, *, inspects: bool) -> None:
+    def __init__(self, house: House, state: StateFolder, alerts: Alerts, *, inspects: bool) -> None:
         """Keep the parts; `start` checks them."""
         self.house = house
-        self.alerts = Alerts()
+        self.alerts = alerts
         self._state = state
         self._inspects = inspects
 
@@ -64,18 +71,12 @@ class Door:
             weaknesses=tuple(weaknesses),
         )
 
-    def open(
-        self,
-        key: RoundKey,
-        base: Mapping[str, torch.Tensor],
-        model: nn.Module | None,
-        patients: int | None,
-    ) -> tuple[OpenRound, Inspection | None]:
-        """Gate, then inspect, and record what was found.
+    def gate(self, key: RoundKey, base: Mapping[str, torch.Tensor], patients: int | None) -> str:
+        """Check everything that can be known before the global model is looked at; its digest.
 
         Raises:
-            RoundRefused: the policy refuses to train on this global model.
             Withheld: nothing trained on it could be released.
+            PolicyError: a rule names parameters that this model does not have.
         """
         digest = model_digest(base)
         require_sound(self.house)
@@ -85,7 +86,32 @@ class Door:
             require_same_model(ending, digest)
         else:
             gate(self.house, patients)
-        inspection = self._inspect(key, base, model) if self._inspects else None
+        return digest
+
+    def inspect(
+        self, key: RoundKey, base: Mapping[str, torch.Tensor], model: nn.Module | None
+    ) -> Inspection | None:
+        """Inspect against what is remembered of this run, and remember a model that passes."""
+        if not self._inspects:
+            return None
+        file = self._state.history(key.federation, key.run)
+        with file.locked():
+            text = file.read()
+            previous = None if text is None else _remembered(text)
+            found = detection.inspect_global_model(base, previous, model)
+            opening = refuses(self.house.rules, found.suspicion, unhealthy=found.unhealthy)
+            if not opening.refused:
+                file.write(found.history.to_json())
+        return found
+
+    def admit(
+        self, key: RoundKey, digest: str, inspection: Inspection | None
+    ) -> tuple[float, bool]:
+        """Let the policy judge the inspection, and record it; suspicion and ill health.
+
+        Raises:
+            RoundRefused: the policy refuses to train on this global model.
+        """
         suspicion = 0.0 if inspection is None else inspection.suspicion
         unhealthy = inspection is not None and inspection.unhealthy
         seen: dict[str, Any] = {
@@ -100,36 +126,10 @@ class Door:
             reason = Reason.UNHEALTHY_MODEL if unhealthy else Reason.CRAFTED_MODEL
             self.house.write(audit.RoundRefused, **seen, reason=reason)
             raise _refusal(reason, seen["verdict"], opening.decided_by)
-        self.house.write(audit.RoundOpened, **seen, inspected=self._inspects)
-        opened = OpenRound(
-            key=key,
-            base=base,
-            global_model=digest,
-            buffers=() if model is None else [name for name, _ in model.named_buffers()],
-            patients=patients,
-            suspicion=suspicion,
-            unhealthy=unhealthy,
-            measure=self._measure(model, base),
-        )
-        return opened, inspection
+        self.house.write(audit.RoundOpened, **seen, inspected=inspection is not None)
+        return suspicion, unhealthy
 
-    def _inspect(
-        self, key: RoundKey, base: Mapping[str, torch.Tensor], model: nn.Module | None
-    ) -> Inspection:
-        """Inspect against what is remembered of this run, and remember a model that passes."""
-        file = self._state.history(key.federation, key.run)
-        with file.locked():
-            text = file.read()
-            previous = None if text is None else _remembered(text)
-            found = detection.inspect_global_model(base, previous, model)
-            opening = refuses(self.house.rules, found.suspicion, unhealthy=found.unhealthy)
-            if not opening.refused:
-                file.write(found.history.to_json())
-        return found
-
-    def _measure(
-        self, model: nn.Module | None, base: Mapping[str, torch.Tensor]
-    ) -> Callable[[Mapping[str, torch.Tensor]], float]:
+    def measure(self, model: nn.Module | None, base: Mapping[str, torch.Tensor]) -> Measure:
         """Scores what would leave, against a reference through this very model where it is here."""
         reference = None if model is None else self._reference(model, base)
 

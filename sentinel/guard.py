@@ -10,7 +10,7 @@ import math
 import secrets
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
-from sentinel.audit import AlertEvent, RoundAborted
+from sentinel.audit import AlertEvent, Alerts, RoundAborted
 from sentinel.door import Door
 from sentinel.errors import MisuseError, RoundRefused, Withheld
 from sentinel.mechanism import SystemEntropy
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
     from types import TracebackType
+    from typing import TextIO
 
     import torch
     from torch import nn
@@ -59,6 +60,7 @@ class Guard:
         run: str = "default",
         dataset: str | None = None,
         unsafe_skip_inspection: bool = False,
+        alerts: TextIO | None = None,
     ) -> None:
         """Open the state and read the policy.
 
@@ -71,6 +73,7 @@ class Guard:
             dataset: repeats the policy's dataset, to be sure; another name is refused.
             unsafe_skip_inspection: train on whatever arrives. For measurements of what sanitizing
                 does alone; recorded as a weakened control.
+            alerts: where alerts are written; standard error where left out.
 
         Raises:
             PolicyError: the policy cannot be used.
@@ -91,7 +94,7 @@ class Guard:
             clock=lambda: dt.datetime.now(dt.UTC),
             process=secrets.token_hex(16),
         )
-        self._door = Door(house, self._state, inspects=not unsafe_skip_inspection)
+        self._door = Door(house, self._state, Alerts(alerts), inspects=not unsafe_skip_inspection)
         self._door.start()
 
     @property
@@ -227,11 +230,7 @@ class Round:
         """
         self._require(_Stage.NEW)
         try:
-            base = self._own_base()
-            self._opened, self._inspection = self._door.open(
-                self.key, base, self._model, self.patients
-            )
-            self._load(base)
+            self._opened = self._open(self._own_base())
         except Withheld as error:
             self._stage = _Stage.REFUSED
             self._alert(AlertEvent.ROUND_REFUSED, error.reason)
@@ -304,6 +303,24 @@ class Round:
                 {} if policy.privacy.patients is None else {"num-examples": policy.privacy.patients}
             )
         return allowed
+
+    def _open(self, base: Mapping[str, torch.Tensor]) -> OpenRound:
+        """Gate, inspect, judge, load."""
+        door, model = self._door, self._model
+        digest = door.gate(self.key, base, self.patients)
+        self._inspection = door.inspect(self.key, base, model)
+        suspicion, unhealthy = door.admit(self.key, digest, self._inspection)
+        self._load(base)
+        return OpenRound(
+            key=self.key,
+            base=base,
+            global_model=digest,
+            buffers=() if model is None else [name for name, _ in model.named_buffers()],
+            patients=self.patients,
+            suspicion=suspicion,
+            unhealthy=unhealthy,
+            measure=door.measure(model, base),
+        )
 
     def _own_base(self) -> Mapping[str, torch.Tensor]:
         """The global state; a copy where training the model would change it."""

@@ -29,6 +29,7 @@ from sentinel.audit import (
     log2_bucket,
     score_step,
 )
+from sentinel.audit.records import SCORE_STEPS
 from sentinel.chunks import sum_of_squares
 from sentinel.errors import MisuseError, SentinelError, Withheld
 from sentinel.mechanism import GaussianMechanism
@@ -353,7 +354,11 @@ def _require_release(house: House, evidence: Evidence, plan: Plan) -> None:
         for rule in house.rules.rules
         if rule.id in plan.decided_by and rule.action >= Action.WITHHOLD_UPDATE
     )
-    raise Withheld(reason, f"The policy withholds this update (rule {deciding}).")
+    score = score_step(evidence.sensitivity) / SCORE_STEPS
+    raise Withheld(
+        reason,
+        f"The policy withholds this update (rule {deciding}; sensitivity score {score:.2f}).",
+    )
 
 
 def _without_sensitivity(evidence: Evidence) -> Evidence:

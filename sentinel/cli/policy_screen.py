@@ -138,7 +138,7 @@ def noise_lines(explanation: Explanation) -> Iterator[str]:
         yield "WARNING: no noise is added."
     if noise.drowns:
         yield (
-            "WARNING: the noise drowns the update. From about 10 times the signal on, four sites "
+            "WARNING: the noise drowns the update. Beyond about 10 times the signal, four sites "
             "were measured to lose accuracy; averaging over more sites makes the noise smaller."
         )
 

@@ -6,11 +6,14 @@ import enum
 import os
 import secrets
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sentinel.cli.console import AsJson, StateDir, console, print_json, read_tensors
+
+if TYPE_CHECKING:
+    from sentinel.update import State
 
 
 class Form(enum.StrEnum):
@@ -70,7 +73,7 @@ def sanitize_command(
     _tell(summary)
 
 
-def _tell(summary: dict[str, object]) -> None:
+def _tell(summary: dict[str, Any]) -> None:
     screen = console()
     if summary["replayed"]:
         screen.print(f"{summary['out']}: this round was released before; these are its bytes.")
@@ -78,13 +81,13 @@ def _tell(summary: dict[str, object]) -> None:
     screen.print(f"{summary['out']}: released.")
     screen.print(
         f"  sensitivity score {summary['sensitivity']}, suspicion {summary['suspicion']}, "
-        f"rules applied: {', '.join(map(str, summary['rules'] or []))}"  # type: ignore[call-overload]
+        f"rules applied: {', '.join(summary['rules'])}"
     )
     if summary["promise"] is None:
         screen.print("  no formal guarantee: the policy promises none.")
 
 
-def write_tensors(path: Path, state: dict[str, object]) -> None:
+def write_tensors(path: Path, state: State) -> None:
     """Write safetensors so that `path` is whole or untouched, readable by its owner alone."""
     import safetensors.torch
 
@@ -93,7 +96,7 @@ def write_tensors(path: Path, state: dict[str, object]) -> None:
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     os.close(open_private(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
     try:
-        safetensors.torch.save_file(state, draft)  # type: ignore[arg-type]
+        safetensors.torch.save_file(state, draft)
         draft.chmod(0o600)
         sync_file(draft)
         draft.replace(path)

@@ -1,0 +1,1 @@
+"""The stress lab: attack yourself before someone else does."""

@@ -72,7 +72,7 @@ def test_noise_stands_beside_the_clip() -> None:
 
 
 def test_noise_that_drowns_the_update_is_told() -> None:
-    loud = policy(TEXT.replace("noise_ratio = 3.0", "noise_ratio = 10.0"))
+    loud = policy(TEXT.replace("noise_ratio = 3.0", "noise_ratio = 10.5"))
     noise = explain(loud, Evidence(MODEL, 0.0, 0.0, 0.0, unhealthy=False)).noise
     assert noise is not None
     assert noise.drowns

@@ -1,0 +1,104 @@
+"""What was released is kept whole, checked when it is given again, and never made twice."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from sentinel.errors import Withheld
+from sentinel.releases import Ending, Fate, Releases, RoundKey
+from sentinel.terms import Reason
+from sentinel.update import model_digest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+KEY = RoundKey("f", "r", 1)
+STATE = {
+    "w": torch.arange(6.0).view(2, 3),
+    "half": torch.ones(3, dtype=torch.bfloat16),
+    "none": torch.zeros(0, 4),
+    "scale": torch.tensor(2.5),
+    "steps": torch.tensor(7),
+}
+
+
+def release(folder: Path) -> tuple[Releases, Ending]:
+    releases = Releases(folder)
+    releases.store(KEY, STATE)
+    ending = Ending(Fate.RELEASED, "g" * 64, model_digest(STATE))
+    releases.end(KEY, ending)
+    return releases, ending
+
+
+def test_stored_tensors_come_back_as_they_were(tmp_path: Path) -> None:
+    releases, ending = release(tmp_path / "r")
+    assert Releases(tmp_path / "r").ending(KEY) == ending
+    back = releases.load(KEY, ending)
+    assert set(back) == set(STATE)
+    assert all(torch.equal(back[name], value) for name, value in STATE.items())
+    assert all(back[name].dtype == value.dtype for name, value in STATE.items())
+
+
+def test_rounds_of_other_names_are_other_rounds() -> None:
+    keys = [
+        RoundKey(*parts) for parts in [("f", "r", 1), ("f", "r", 2), ("fr", "", 1), ("", "fr", 1)]
+    ]
+    assert len({key.digest for key in keys}) == 4
+
+
+def test_no_ending_before_there_is_one(tmp_path: Path) -> None:
+    assert Releases(tmp_path / "r").ending(KEY) is None
+
+
+@pytest.mark.parametrize("damage", ["changed", "removed", "pruned"])
+def test_what_cannot_be_given_again_is_refused_not_made_again(tmp_path: Path, damage: str) -> None:
+    releases, ending = release(tmp_path / "r")
+    path = next((tmp_path / "r").glob("*.safetensors"))
+    if damage == "changed":
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    elif damage == "removed":
+        path.unlink()
+    else:
+        releases.prune(KEY)
+        ending = releases.ending(KEY)
+        assert ending.fate is Fate.PRUNED
+        assert not path.exists()
+    with pytest.raises(Withheld) as caught:
+        releases.load(KEY, ending)
+    assert caught.value.reason is Reason.ROUND_CLOSED
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"fate": "sold"}', '{"reason": null, "x": 1}'])
+def test_an_ending_that_cannot_be_read_keeps_the_round_closed(tmp_path: Path, text: str) -> None:
+    releases, _ = release(tmp_path / "r")
+    next((tmp_path / "r").glob("*.json")).write_text(text)
+    with pytest.raises(Withheld) as caught:
+        releases.ending(KEY)
+    assert caught.value.reason is Reason.ROUND_CLOSED
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch) -> None:
+    releases = Releases(tmp_path / "r")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sentinel.releases.sync_file", full)
+    with pytest.raises(OSError, match="No space"):
+        releases.store(KEY, STATE)
+    assert list((tmp_path / "r").iterdir()) == []
+
+
+def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+    releases = Releases(tmp_path / "r")
+    target = tmp_path / "target"
+    target.write_text("mine")
+    (tmp_path / "r" / f"{KEY.digest}.lock").symlink_to(target)
+    with pytest.raises(OSError, match="symbolic links"), releases.locked(KEY):
+        pytest.fail("the lock may not be taken")
+    assert target.read_text() == "mine"
