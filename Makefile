@@ -50,7 +50,7 @@ test-wheel: wheel  ## the tests against the built wheel
 	$(PYTHON) -m venv --without-pip .venv-wheel
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(.venv-wheel/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth"
 	$(PIP) --python .venv-wheel/bin/python install --quiet --no-deps --force-reinstall dist/*.whl
-	.venv-wheel/bin/python -P -m pytest -m 'not slow'
+	SENTINEL_TEST_WHEEL="$$(ls dist/*.whl)" .venv-wheel/bin/python -P -m pytest -m 'not slow'
 
 bench: $(READY)  ## a release beside Flower's and NVFLARE's own code
 	$(PYTHON) -m venv .venv-bench

@@ -41,6 +41,8 @@ figure { margin: 1.5rem 0; } figure img { width: 6.2rem; image-rendering: auto; 
 .cells span { height: 1.1rem; border-radius: 2px; background: var(--good); }
 .cells span.refused { background: var(--bad); } .cells span.withheld { background: var(--wait); }
 .rounds { display: grid; grid-template-columns: 8rem 1fr; gap: .35rem .8rem; align-items: center; }
+.side { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1rem;
+  font-size: .85rem; } .side td, .side th { padding: .15rem .4rem; }
 .note { background: var(--tint); padding: .8rem 1rem; border-radius: .4rem; }
 """
 
@@ -176,7 +178,8 @@ neurons is then a patient's row. <em>Exactly</em> is a relative error under 1 %,
 not behind the update. The attacker knows clip and noise, averages neighbouring bins, and uses the
 rank-one matched filter over all neurons.</p>
 {_table(head, rows)}
-{"".join(_example(example) for example in hearts.examples)}"""
+<p>Patients whom the server read (public data):</p>
+<div class="side">{"".join(_example(example) for example in hearts.examples)}</div>"""
 
 
 def _read_row(reads: Reads) -> tuple[str, ...]:
@@ -190,26 +193,21 @@ def _read_row(reads: Reads) -> tuple[str, ...]:
 
 
 def _example(example: Example) -> str:
-    columns = list(example.truth)
-    head = "".join(f'<th class="n">{escape(name)}</th>' for name in columns)
     read, guessed = _percent(example.unguarded_error), _percent(example.sanitized_error)
-    lines = "".join(
-        f"<tr><th>{label}</th>{_values(values, columns)}</tr>"
-        for label, values in (
-            ("the patient", example.truth),
-            (f"read without the guard (error {read})", example.unguarded),
-            (f"best guess from the guard (error {guessed})", example.sanitized),
+    rows = [
+        (
+            name,
+            *(_value(part, name) for part in (example.truth, example.unguarded, example.sanitized)),
         )
-    )
-    return f"""<figure class="wide"><table><tr><th></th>{head}</tr>{lines}</table>
-<figcaption>A patient of {escape(example.site)} (public data).</figcaption></figure>"""
+        for name in example.truth
+    ]
+    table = _table((example.site, "patient", "read without", "best guess with"), rows)
+    return f"""<figure>{table}<figcaption>Relative error {read} without, {guessed} with the guard
+(which withheld nothing here: the inspection was switched off).</figcaption></figure>"""
 
 
-def _values(values: Mapping[str, float], columns: Iterable[str]) -> str:
-    return "".join(
-        f'<td class="n">{values[name]:.3g}</td>' if name in values else '<td class="n">-</td>'
-        for name in columns
-    )
+def _value(record: Mapping[str, float], name: str) -> str:
+    return f"{record[name]:.1f}" if name in record else "-"
 
 
 def _percent(share: float) -> str:
