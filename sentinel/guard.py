@@ -11,6 +11,7 @@ import secrets
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from sentinel.audit import AlertEvent, Alerts, RoundAborted
+from sentinel.chunks import few_threads
 from sentinel.door import Door
 from sentinel.errors import MisuseError, RoundRefused, Withheld
 from sentinel.mechanism import SystemEntropy
@@ -230,7 +231,9 @@ class Round:
         """
         self._require(_Stage.NEW)
         try:
-            self._opened = self._open(self._own_base())
+            base = self._own_base()
+            with few_threads(base):
+                self._opened = self._open(base)
         except Withheld as error:
             self._stage = _Stage.REFUSED
             self._alert(AlertEvent.ROUND_REFUSED, error.reason)

@@ -30,7 +30,7 @@ from sentinel.audit import (
     score_step,
 )
 from sentinel.audit.records import SCORE_STEPS
-from sentinel.chunks import sum_of_squares
+from sentinel.chunks import one_thread, sum_of_squares
 from sentinel.errors import MisuseError, SentinelError, Withheld
 from sentinel.mechanism import GaussianMechanism
 from sentinel.mechanism.transform import transform_
@@ -192,7 +192,7 @@ def release(
         Withheld: nothing leaves; the reason is recorded.
         MisuseError: a released round is asked for in another form.
     """
-    with house.releases.locked(opened.key):
+    with house.releases.locked(opened.key), one_thread():
         try:
             require_sound(house)
             ending = house.releases.ending(opened.key)

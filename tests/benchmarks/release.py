@@ -106,11 +106,10 @@ def ours(millions: int) -> Iterator[Callable[[], object]]:
         spent = {"digest": 0.0, "durable copy": 0.0}
         release.model_digest = timed(release.model_digest, spent, "digest")
         releases.Releases.store = timed(releases.Releases.store, spent, "durable copy")
-        rounds = []
-        for number in range(8):
-            opened = guard.round(number, base)
-            with opened:
-                rounds.append(opened)
+        rounds = [guard.round(number, base) for number in range(8)]
+        for opened in rounds:
+            opened.__enter__()
+        del opened  # a round keeps what it released
         ours.apart = spent
         yield lambda: rounds.pop().release(local)
 
