@@ -9,7 +9,6 @@ attacker, and never the guard's noise.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import math
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from sentinel.chunks import one_thread
 from sentinel.demo import cohorts
 from sentinel.demo.heart_result import Example, HeartsResult, Note, Settings
 from sentinel.demo.hospitals import BareDoor, Door, GuardedDoor, Outcome, Site
@@ -33,7 +33,7 @@ from sentinel.stress.servers import binning
 from sentinel.stress.tabular import Reads, measure_reads
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
 SHOWN = 3  # patients in the report's picture
 PRIME = 1_000_003  # keeps the seeds of repeats, rounds and sites apart
@@ -59,7 +59,7 @@ def run_hearts(
         What was measured.
     """
     step = _counter(settings, on_step)
-    with _one_thread(), _scratch() as scratch:
+    with one_thread(), _scratch() as scratch:
         home = Path(scratch) if state is None else state
         repeats = [
             _run_repeat(_Repeat.draw(settings, number), home / f"repeat-{number}", step)
@@ -335,17 +335,6 @@ def _scratch() -> TemporaryDirectory[str]:
     memory = Path("/dev/shm")  # noqa: S108 - a private folder with a random name is made in it
     roomy = memory.is_dir() and os.access(memory, os.W_OK)
     return TemporaryDirectory(prefix="sentinel-hearts-", dir=memory if roomy else None)
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keep torch to one thread for a while: at this size a second one only gets in the way."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _counter(settings: Settings, on_step: Callable[[int, int], None] | None) -> Callable[[], None]:

@@ -151,14 +151,24 @@ class XrayResult:
     @property
     def reid_top1_raw(self) -> float:
         """Share of pictures found among 100 of their class by the attacker of `ssim_raw_batch`."""
-        return self.raw[best(self.raw)].first.share
+        return self.raw[best(self.raw)].found.count.share
 
     @property
     def reid_top1(self) -> float:
         """Share of pictures found among 100 of their class by the attacker of `ssim_sanitized`."""
-        return self.sanitized[best(self.sanitized)].first.share
+        return self.sanitized[best(self.sanitized)].found.count.share
 
     @property
     def reid_interval(self) -> Interval:
-        """95 % interval of `reid_top1`."""
-        return wilson(self.sanitized[best(self.sanitized)].first)
+        """95 % interval of `reid_top1` as if pictures were independent; see `reid_by_chance`."""
+        return wilson(self.sanitized[best(self.sanitized)].found.count)
+
+    @property
+    def reid_by_chance(self) -> float:
+        """Exact probability that chance alone finds at least as many as `reid_top1` says."""
+        return self.sanitized[best(self.sanitized)].found.by_chance
+
+    @property
+    def reid_chance_limit(self) -> float:
+        """Share that chance alone stays at or under in 99 % of runs; 1 in 100 in the mean."""
+        return self.sanitized[best(self.sanitized)].found.chance_limit()

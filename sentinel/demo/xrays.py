@@ -8,42 +8,38 @@ The model is at its start, where it gives most away. Every number is computed in
 
 from __future__ import annotations
 
+import io
 import math
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
-from sentinel.demo import xray_data
+from sentinel.chunks import one_thread
+from sentinel.demo.xray_hospital import NET, SIDE, Hospital
 from sentinel.demo.xray_result import Sanitized, XrayPictures, XrayResult, XraySettings
 from sentinel.errors import MisuseError, Withheld
 from sentinel.guard import Guard
 from sentinel.stress.images import Truth, best
 from sentinel.stress.inversion import match_direction
-from sentinel.stress.layers import State, copied
-from sentinel.stress.local_training import LocalTraining, Seen
-from sentinel.stress.prior import ImagePrior, fit_prior
+from sentinel.stress.local_training import Seen
 from sentinel.stress.ssim import ssim
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from sentinel.demo.xray_data import Pictures, XrayData
     from sentinel.release import Decided
     from sentinel.stress.images import Attack, ImageAttacker
 
 FEDERATION = "xray-demo"
-NET = "three 3x3 convolutions (16, 32, 32 channels; strides 2, 2, 1), ReLU, one linear layer"
 STAGE = "at initialisation"
-SIDE = 28  # pixels
 DEFAULTS = XraySettings()
 
 
@@ -69,93 +65,22 @@ def run_xrays(
     """
     step = _counter(settings, on_step)
     with ExitStack() as stack:
-        stack.enter_context(_one_thread())
+        stack.enter_context(one_thread())
         home = state or Path(stack.enter_context(TemporaryDirectory(prefix="sentinel-xrays-")))
-        guard = Guard(settings.policy, home, federation=FEDERATION, run=f"seed-{settings.seed}")
-        hospital = _Hospital.draw(settings)
+        guard = Guard(
+            settings.policy,
+            home,
+            federation=FEDERATION,
+            run=f"seed-{settings.seed}",
+            alerts=io.StringIO(),  # the refusal is in the result
+        )
+        hospital = Hospital.draw(settings)
         reason = _reason_to_withhold(hospital, guard)
         release = _release(hospital, guard)
         step()
         lone = [_attack_lone(hospital, index, step) for index in range(settings.lone)]
         attacks = _attack_batch(hospital, release, step)
     return _result(hospital, release, reason, lone, attacks)
-
-
-def xray_net() -> nn.Sequential:
-    """The model, its weights not yet set: grey [N, 1, 28, 28] in, two classes out."""
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 3, stride=2, padding=1, device="meta"),
-        nn.ReLU(),
-        nn.Conv2d(16, 32, 3, stride=2, padding=1, device="meta"),
-        nn.ReLU(),
-        nn.Conv2d(32, 32, 3, padding=1, device="meta"),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(32 * (SIDE // 4) ** 2, 2, device="meta"),
-    ).to_empty(device="cpu")
-
-
-def initialise(model: nn.Module, generator: torch.Generator) -> None:
-    """Set weights as PyTorch does by default, without its global generator."""
-    for layer in model.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            bound = 1 / math.sqrt(layer.weight[0].numel())
-            for parameter in layer.parameters():
-                nn.init.uniform_(parameter, -bound, bound, generator=generator)
-
-
-@dataclass(frozen=True)
-class _Hospital:
-    """One hospital, and what its attacker has beforehand."""
-
-    settings: XraySettings
-    data: XrayData
-    others: Pictures  # public pictures kept out of the prior, as many as the hospital has
-    prior: ImagePrior
-    model: nn.Module
-    global_state: State
-    generator: torch.Generator  # of the attacker
-
-    @classmethod
-    def draw(cls, settings: XraySettings) -> _Hospital:
-        generator = torch.Generator().manual_seed(settings.seed)
-        model = xray_net()
-        initialise(model, generator)
-        data = xray_data.load()
-        others, known = data.public.split(int(data.hospital.labels.bincount().max()))
-        prior = fit_prior(known.images, known.labels, settings.components)
-        return cls(settings, data, others, prior, model, copied(model.state_dict()), generator)
-
-    def fit(self, pictures: Pictures) -> None:
-        """Train the model in place: one step on all pictures."""
-        optimizer = torch.optim.SGD(self.model.parameters(), lr=self.settings.rate)
-        optimizer.zero_grad()
-        nn.CrossEntropyLoss()(self.model(pictures.images), pictures.labels).backward()
-        optimizer.step()
-
-    def replayed(self, labels: Tensor) -> LocalTraining:
-        """The same training, as the attacker simulates it."""
-        everything = (torch.arange(len(labels)),)
-        return LocalTraining(self.model, self.global_state, labels, everything, self.settings.rate)
-
-    def raw_update(self, pictures: Pictures) -> Tensor:
-        """What would leave without the guard, [D]."""
-        training = self.replayed(pictures.labels)
-        return training.update(pictures.images, differentiable=False)
-
-    def stand_ins(self) -> Pictures:
-        """For each of the hospital's pictures another one of its class, so with the same labels."""
-        hospital = self.data.hospital
-        images = torch.empty_like(hospital.images)
-        for label in range(len(self.prior.means)):
-            images[hospital.labels == label] = self.others.of_class(label)
-        return xray_data.Pictures(images, hospital.labels)
-
-    def one(self, index: int) -> Pictures:
-        """A single picture."""
-        chosen = slice(index, index + 1)
-        hospital = self.data.hospital
-        return xray_data.Pictures(hospital.images[chosen], hospital.labels[chosen])
 
 
 @dataclass(frozen=True)
@@ -166,7 +91,7 @@ class _Release:
     treatment: Sanitized
 
 
-def _reason_to_withhold(hospital: _Hospital, guard: Guard) -> str | None:
+def _reason_to_withhold(hospital: Hospital, guard: Guard) -> str | None:
     """Try to release the update of one patient; the reason code of what came of it."""
     try:
         with guard.round(1, hospital.global_state, hospital.model, patients=1) as rnd:
@@ -177,7 +102,7 @@ def _reason_to_withhold(hospital: _Hospital, guard: Guard) -> str | None:
     return None
 
 
-def _release(hospital: _Hospital, guard: Guard) -> _Release:
+def _release(hospital: Hospital, guard: Guard) -> _Release:
     """Release the update of the whole hospital."""
     pictures = hospital.data.hospital
     patients = len(pictures.labels)  # one picture of each
@@ -205,7 +130,7 @@ def _known(decided: Decided, values: Tensor, norm: float) -> _Release:
     return _Release(Seen(values, scale, treatment.noise_std, treatment.keep), done)
 
 
-def _attack_lone(hospital: _Hospital, index: int, step: Callable[[], None]) -> Tensor:
+def _attack_lone(hospital: Hospital, index: int, step: Callable[[], None]) -> Tensor:
     """Reconstruct one picture from its raw gradient, [1, 1, H, W]."""
     picture = hospital.one(index)
     seen = Seen(hospital.raw_update(picture))
@@ -226,7 +151,7 @@ class _Attacks:
     unrelated: float
 
 
-def _attack_batch(hospital: _Hospital, release: _Release, step: Callable[[], None]) -> _Attacks:
+def _attack_batch(hospital: Hospital, release: _Release, step: Callable[[], None]) -> _Attacks:
     """Attack the update of the whole hospital, raw and released, and one of other pictures."""
     attacker = hospital.settings.attacker
     raw = Seen(hospital.raw_update(hospital.data.hospital))
@@ -240,7 +165,7 @@ def _attack_batch(hospital: _Hospital, release: _Release, step: Callable[[], Non
 
 
 def _attack(
-    hospital: _Hospital, seen: Seen, attacker: ImageAttacker, step: Callable[[], None]
+    hospital: Hospital, seen: Seen, attacker: ImageAttacker, step: Callable[[], None]
 ) -> dict[str, Attack]:
     """Try everything on one update, and score it against the hospital's pictures."""
     pictures, prior = hospital.data.hospital, hospital.prior
@@ -255,7 +180,7 @@ def _attack(
 
 
 def _result(
-    hospital: _Hospital,
+    hospital: Hospital,
     release: _Release,
     reason: str | None,
     lone: list[Tensor],
@@ -281,7 +206,7 @@ def _result(
     )
 
 
-def _pictures(hospital: _Hospital, lone: Tensor, means: Tensor, attacks: _Attacks) -> XrayPictures:
+def _pictures(hospital: Hospital, lone: Tensor, means: Tensor, attacks: _Attacks) -> XrayPictures:
     shown = slice(0, hospital.settings.shown)
     images = hospital.data.hospital.images
     return XrayPictures(
@@ -297,20 +222,6 @@ def _pictures(hospital: _Hospital, lone: Tensor, means: Tensor, attacks: _Attack
 def _grey(pictures: Tensor) -> NDArray[np.uint8]:
     """[N, 1, H, W] from 0 to 1, as [N, H, W] from 0 to 255."""
     return pictures[:, 0].mul(255).round().clamp(0, 255).to(torch.uint8).numpy()
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Hold torch to one thread: the attacker's tensors are small, and threads would wait in turn.
-
-    Beside other busy processes a second thread makes these attacks a hundred times slower.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _counter(
