@@ -11,14 +11,8 @@ from sentinel import audit, detection
 from sentinel.audit import AlertEvent
 from sentinel.detection.bundle import GLOBAL_MODEL, UPDATE_SENSITIVITY
 from sentinel.errors import MisuseError, PolicyError, RoundRefused, Withheld
+from sentinel.gate import gate, require_same_model, require_sound
 from sentinel.policy import refuses, unmatched
-from sentinel.release import (
-    House,
-    Measure,
-    gate,
-    require_same_model,
-    require_sound,
-)
 from sentinel.terms import Reason, Verdict, Weakness
 from sentinel.update import model_digest
 
@@ -30,7 +24,9 @@ if TYPE_CHECKING:
 
     from sentinel.audit import Alerts
     from sentinel.detection import Inspection, Reference
+    from sentinel.house import House
     from sentinel.policy import Policy
+    from sentinel.release import Measure
     from sentinel.releases import RoundKey
     from sentinel.state import StateFolder
 

@@ -14,9 +14,10 @@ from sentinel.audit import AlertEvent, Alerts, RoundAborted
 from sentinel.chunks import few_threads
 from sentinel.door import Door
 from sentinel.errors import MisuseError, RoundRefused, Withheld
+from sentinel.house import House
 from sentinel.mechanism import SystemEntropy
 from sentinel.policy import LoadedPolicy, load_policy
-from sentinel.release import Decided, House, OpenRound, Released, release
+from sentinel.release import Decided, OpenRound, Released, release
 from sentinel.releases import RoundKey
 from sentinel.state import StateFolder
 from sentinel.terms import Reason, Verdict

@@ -21,7 +21,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from sentinel.audit import (
-    Record,
     UpdateDecided,
     UpdateReleased,
     UpdateReplayed,
@@ -32,28 +31,25 @@ from sentinel.audit import (
 from sentinel.audit.records import SCORE_STEPS
 from sentinel.chunks import one_thread, sum_of_squares
 from sentinel.errors import MisuseError, SentinelError, Withheld
+from sentinel.gate import gate, require_same_model, require_sound
+from sentinel.house import event_of, promise_of
 from sentinel.mechanism import GaussianMechanism
 from sentinel.mechanism.transform import transform_
 from sentinel.policy import decide, let_out
-from sentinel.privacy import Charge, GaussianEvent, Head, Promise, UnboundedEvent
+from sentinel.privacy import Charge, Head
 from sentinel.privacy.ledger import GENESIS
 from sentinel.releases import Ending, Fate
-from sentinel.terms import Action, Evidence, Plan, Reason, Unit
+from sentinel.terms import Action, Evidence, Plan, Reason
 from sentinel.update import Kind, State, Update, model_digest
 
 if TYPE_CHECKING:
-    import datetime as dt
     from collections.abc import Callable, Collection, Mapping
 
     import torch
 
-    from sentinel.audit import AuditLog, Entry
-    from sentinel.mechanism import Entropy
-    from sentinel.policy import LoadedPolicy, Policy
-    from sentinel.privacy import Ledger
-    from sentinel.releases import Releases, RoundKey
+    from sentinel.house import House
+    from sentinel.releases import RoundKey
 
-_DAY = 24 * 60 * 60  # seconds
 # Decided on the update: a retry would be a second answer about the same patients.
 _FINAL = frozenset(
     {
@@ -65,57 +61,11 @@ _FINAL = frozenset(
 )
 
 
-class Clock(Protocol):
-    """The time, as an argument."""
-
-    def __call__(self) -> dt.datetime:
-        """Now, with a time zone."""
-
-
 class Measure(Protocol):
     """Scores what would leave."""
 
     def __call__(self, deltas: Mapping[str, torch.Tensor]) -> float:
         """The sensitivity score, 0 to 1."""
-
-
-@dataclass(frozen=True, slots=True)
-class House:
-    """The parts that a release goes through."""
-
-    policy: LoadedPolicy
-    ledger: Ledger
-    log: AuditLog
-    releases: Releases
-    entropy: Callable[[], Entropy]
-    clock: Clock
-    process: str  # random id of the guard, 32 hex digits
-
-    @property
-    def rules(self) -> Policy:
-        """What the policy file says."""
-        return self.policy.policy
-
-    def now(self) -> int:
-        """Seconds since 1970."""
-        return int(self.clock().timestamp())
-
-    def write(self, kind: type[Record], **fields: object) -> Entry:
-        """Append one record, with the ledger's head in it."""
-
-        def build() -> Record:
-            head = self.ledger.head()
-            return kind.model_validate(
-                {
-                    "at": self.now(),
-                    "process": self.process,
-                    "ledger_seq": head.seq,
-                    "ledger_head": head.hash,
-                    **fields,
-                }
-            )
-
-        return self.log.append(build)
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,52 +179,6 @@ def _first(
     return Released(state, decided)  # 8
 
 
-def gate(house: House, patients: int | None) -> None:
-    """Step 0: whatever can be said before the update is looked at."""
-    policy = house.rules
-    if policy.expired(house.clock().date()):
-        raise Withheld(
-            Reason.POLICY_EXPIRED, f"The policy expired on {policy.expires}; install a newer one."
-        )
-    _require_patients(policy, patients)
-    limit = policy.limits.rounds_per_day
-    if limit is not None and house.ledger.count_since(policy.dataset, house.now() - _DAY) >= limit:
-        raise Withheld(
-            Reason.RATE_LIMITED,
-            f"{limit} rounds were charged in the last 24 hours, as many as the policy allows.",
-        )
-    if policy.privacy is not None and policy.privacy.unit is not Unit.SITE:
-        raise Withheld(
-            Reason.PROMISE_NOT_KEPT,
-            f"The policy promises privacy per {policy.privacy.unit}, which the training step has "
-            "to keep, and this update does not come from private training. Use a policy with unit "
-            '"site" or without a promise.',
-        )
-    promise = promise_of(policy)
-    if promise is not None:
-        house.ledger.require_budget(policy.dataset, event_of(policy), promise)
-
-
-def _require_patients(policy: Policy, patients: int | None) -> None:
-    least = policy.limits.min_patients
-    if least is None:
-        return
-    if policy.privacy is not None and policy.privacy.patients is not None:
-        patients = policy.privacy.patients
-    if patients is None:
-        raise Withheld(
-            Reason.PATIENTS_UNKNOWN,
-            f"The policy asks for at least {least} patients behind an update, and the round does "
-            "not say how many there are: guard.round(..., patients=...).",
-        )
-    if patients < least:
-        raise Withheld(
-            Reason.TOO_FEW_PATIENTS,
-            f"The policy asks for at least {least} patients behind an update; fewer stand behind "
-            "this one.",
-        )
-
-
 def _read(house: House, opened: OpenRound, local: Mapping[str, torch.Tensor]) -> Update:
     policy = house.rules
     try:
@@ -318,26 +222,6 @@ def _charge(house: House, opened: OpenRound) -> float:
     if promise is None:
         return 0.0
     return min(1.0, house.ledger.spent(policy.dataset, promise).epsilon / promise.epsilon)
-
-
-def promise_of(policy: Policy) -> Promise | None:
-    """The budget that the policy promises; None where it promises nothing."""
-    privacy = policy.privacy
-    if privacy is None:
-        return None
-    return Promise(privacy.unit, privacy.adjacency, privacy.epsilon, privacy.delta)
-
-
-def event_of(policy: Policy) -> GaussianEvent | UnboundedEvent:
-    """What one release under the policy costs."""
-    privacy = policy.privacy
-    if privacy is None:
-        return UnboundedEvent()
-    return GaussianEvent(
-        unit=privacy.unit,
-        adjacency=privacy.adjacency,
-        noise_multiplier=privacy.noise_multiplier,
-    )
 
 
 def _require_release(house: House, evidence: Evidence, plan: Plan) -> None:
@@ -423,35 +307,6 @@ def _again(house: House, opened: OpenRound, ending: Ending, kind: Kind) -> Relea
     state = house.releases.load(opened.key, ending)
     house.write(UpdateReplayed, round=opened.key.digest, released=ending.released)
     return Released(state, decided=None)
-
-
-def require_same_model(ending: Ending, global_model: str) -> None:
-    """Refuse a round number that has ended with another global model."""
-    if ending.global_model != global_model:
-        raise Withheld(
-            Reason.OTHER_GLOBAL_MODEL,
-            "This round number has ended already, with another global model. A new job needs a new "
-            "run: Guard(..., run=...).",
-        )
-
-
-def require_sound(house: House) -> None:
-    """Stop everything where ledger and log do not fit together: one was put back or cut short."""
-    noted = house.ledger.last_log_head()
-    last = house.log.last()
-    if (0 if last is None else last.seq) < noted.seq:
-        raise Withheld(
-            Reason.LOG_DAMAGED,
-            "The audit log is shorter than the ledger says: it was cut or replaced.",
-        )
-    if last is not None and last.seq == noted.seq and last.hash != noted.hash:
-        raise Withheld(Reason.LOG_DAMAGED, "The audit log is not the one that the ledger names.")
-    if last is not None and house.ledger.hash_at(last.record.ledger_seq) != last.record.ledger_head:
-        raise Withheld(
-            Reason.LEDGER_BEHIND_LOG,
-            "The ledger lacks charges that the audit log names: it was put back from a backup, or "
-            "replaced. Put the newer one back; nothing is released until then.",
-        )
 
 
 def _record_withheld(house: House, opened: OpenRound, reason: Reason) -> None:

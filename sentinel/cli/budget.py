@@ -65,7 +65,7 @@ def _datasets(rows: list[Row]) -> dict[str, Any]:
 
 
 def _promise(state: StateFolder, policy: Policy) -> dict[str, Any] | None:
-    from sentinel.release import promise_of
+    from sentinel.house import promise_of
 
     promise = promise_of(policy)
     if promise is None:

@@ -85,7 +85,7 @@ def test_sums_of_squares_are_accumulated_in_float64_over_chunks() -> None:
     tensor = torch.full((3 * CHUNK + 1,), 0.1)
     assert sum(piece.numel() for piece in chunks(tensor)) == tensor.numel()
     assert sum_of_squares(tensor) == pytest.approx(
-        tensor.numel() * float(tensor[0]) ** 2, rel=1e-13
+        tensor.numel() * float(tensor[0]) ** 2, rel=1e-10
     )
     assert sum_of_squares(torch.zeros(0)) == 0.0
     assert not math.isfinite(sum_of_squares(torch.tensor([math.nan])))

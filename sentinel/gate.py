@@ -1,0 +1,91 @@
+"""Gate: step 0 of a release, and what has to hold before anything else is believed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sentinel.errors import Withheld
+from sentinel.house import event_of, promise_of
+from sentinel.terms import Reason, Unit
+
+if TYPE_CHECKING:
+    from sentinel.house import House
+    from sentinel.policy import Policy
+    from sentinel.releases import Ending
+
+_DAY = 24 * 60 * 60  # seconds
+
+
+def gate(house: House, patients: int | None) -> None:
+    """Step 0: whatever can be said before the update is looked at."""
+    policy = house.rules
+    if policy.expired(house.clock().date()):
+        raise Withheld(
+            Reason.POLICY_EXPIRED, f"The policy expired on {policy.expires}; install a newer one."
+        )
+    _require_patients(policy, patients)
+    limit = policy.limits.rounds_per_day
+    if limit is not None and house.ledger.count_since(policy.dataset, house.now() - _DAY) >= limit:
+        raise Withheld(
+            Reason.RATE_LIMITED,
+            f"{limit} rounds were charged in the last 24 hours, as many as the policy allows.",
+        )
+    if policy.privacy is not None and policy.privacy.unit is not Unit.SITE:
+        raise Withheld(
+            Reason.PROMISE_NOT_KEPT,
+            f"The policy promises privacy per {policy.privacy.unit}, which the training step has "
+            "to keep, and this update does not come from private training. Use a policy with unit "
+            '"site" or without a promise.',
+        )
+    promise = promise_of(policy)
+    if promise is not None:
+        house.ledger.require_budget(policy.dataset, event_of(policy), promise)
+
+
+def _require_patients(policy: Policy, patients: int | None) -> None:
+    least = policy.limits.min_patients
+    if least is None:
+        return
+    if policy.privacy is not None and policy.privacy.patients is not None:
+        patients = policy.privacy.patients
+    if patients is None:
+        raise Withheld(
+            Reason.PATIENTS_UNKNOWN,
+            f"The policy asks for at least {least} patients behind an update, and the round does "
+            "not say how many there are: guard.round(..., patients=...).",
+        )
+    if patients < least:
+        raise Withheld(
+            Reason.TOO_FEW_PATIENTS,
+            f"The policy asks for at least {least} patients behind an update; fewer stand behind "
+            "this one.",
+        )
+
+
+def require_same_model(ending: Ending, global_model: str) -> None:
+    """Refuse a round number that has ended with another global model."""
+    if ending.global_model != global_model:
+        raise Withheld(
+            Reason.OTHER_GLOBAL_MODEL,
+            "This round number has ended already, with another global model. A new job needs a new "
+            "run: Guard(..., run=...).",
+        )
+
+
+def require_sound(house: House) -> None:
+    """Stop everything where ledger and log do not fit together: one was put back or cut short."""
+    noted = house.ledger.last_log_head()
+    last = house.log.last()
+    if (0 if last is None else last.seq) < noted.seq:
+        raise Withheld(
+            Reason.LOG_DAMAGED,
+            "The audit log is shorter than the ledger says: it was cut or replaced.",
+        )
+    if last is not None and last.seq == noted.seq and last.hash != noted.hash:
+        raise Withheld(Reason.LOG_DAMAGED, "The audit log is not the one that the ledger names.")
+    if last is not None and house.ledger.hash_at(last.record.ledger_seq) != last.record.ledger_head:
+        raise Withheld(
+            Reason.LEDGER_BEHIND_LOG,
+            "The ledger lacks charges that the audit log names: it was put back from a backup, or "
+            "replaced. Put the newer one back; nothing is released until then.",
+        )
