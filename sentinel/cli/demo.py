@@ -70,7 +70,7 @@ def _print(result: DemoResult, report: Path) -> None:
         f"Crafted rounds refused: {hearts.rounds_refused}; honest rounds refused: "
         f"{hearts.false_refusals}. No formal guarantee: these policies promise none."
     )
-    screen.print(f"Pictures and rounds: {report}")
+    screen.print(f"Pictures and rounds: {report}", soft_wrap=True)
 
 
 def _leaks(hearts: Any, xrays: Any) -> list[tuple[str, str, str]]:  # noqa: ANN401 - imported late
