@@ -99,7 +99,11 @@ def _train(name: str, folder: Path, recipe_file: Path | None, *, quick: bool) ->
     import torch
 
     try:
-        from sentinel.detection.training import train_global_model, train_sensitivity
+        from sentinel.detection.training import (
+            ModelCorpus,
+            train_global_model,
+            train_sensitivity,
+        )
     except ImportError as error:
         say_error(
             "Training needs the extra: pip install 'gradient-sentinel[train]' "
@@ -115,12 +119,14 @@ def _train(name: str, folder: Path, recipe_file: Path | None, *, quick: bool) ->
     recipe = recipe.quick() if quick else recipe
     torch.set_num_threads(1)  # sums in another order would give another bundle
     if name == GLOBAL_MODEL:
-        train_global_model(
-            recipe,
-            corpus.honest_runs(recipe.honest_runs, recipe.rounds, recipe.seed),
-            corpus.honest_runs(recipe.test_runs, recipe.rounds, recipe.seed + 1000),
-            corpus.crafted_models(recipe.crafted, recipe.seed + 2000),
-            folder,
+        seed = recipe.seed
+        harder = max(1, recipe.crafted // 2)
+        made = ModelCorpus(
+            honest=corpus.honest_runs(recipe.honest_runs, recipe.rounds, seed),
+            test=corpus.honest_runs(recipe.test_runs, recipe.rounds, seed + 1000),
+            crafted=corpus.crafted_models(recipe.crafted, seed + 2000),
+            harder=corpus.crafted_models(harder, seed + 3000, corpus.HARDER),
         )
+        train_global_model(recipe, made, folder)
     else:
         train_sensitivity(recipe, corpus.sites(recipe.nets, recipe.repeats, recipe.seed), folder)

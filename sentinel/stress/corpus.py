@@ -18,6 +18,8 @@ from sentinel.stress import servers
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    Crafts = tuple[tuple[str, str, Callable[..., dict[str, Tensor]]], ...]
+
 State = dict[str, Tensor]
 
 
@@ -372,8 +374,28 @@ def _binning(**choices: object) -> Callable[..., State]:
     return craft
 
 
+def _traps(**choices: object) -> Callable[..., State]:
+    def craft(model: nn.Module, state: State, *, generator: torch.Generator) -> State:
+        return servers.trap_weights(model, state, generator=generator, **choices)  # type: ignore[arg-type]  # checked there
+
+    return craft
+
+
+def _blended(craft: Callable[..., State]) -> Callable[..., State]:
+    def mix(model: nn.Module, state: State, *, generator: torch.Generator) -> State:
+        return servers.blended(craft(model, state, generator=generator), state, 0.5)
+
+    return mix
+
+
+def _spared(model: nn.Module, state: State, *, generator: torch.Generator) -> State:
+    return servers.suppression(model, state, generator=generator, spared=0.33)
+
+
 HIDING = servers.Stealth(permute=True, scale=1.0, flip=0.5, jitter=0.1)
-CRAFTS: tuple[tuple[str, str, Callable[..., State]], ...] = (
+QUARTER = servers.Stealth(permute=True, rows=0.25)
+SHAKEN = servers.Stealth(jitter=0.3)
+CRAFTS: Crafts = (
     ("A", "binning-gaussian", _binning()),
     ("A", "binning-mean", _binning(direction=servers.Direction.MEAN)),
     ("A", "binning-cosine", _binning(direction=servers.Direction.COSINE)),
@@ -385,17 +407,29 @@ CRAFTS: tuple[tuple[str, str, Callable[..., State]], ...] = (
     ("C", "fishing-feature", servers.fishing_feature),
     ("E", "suppression", servers.suppression),
 )
+# Variants that the rules were not made for; whether they still leak is not measured here.
+HARDER: Crafts = (
+    ("A", "a quarter of the rows", _binning(stealth=QUARTER)),
+    ("A", "jitter of .3", _binning(stealth=SHAKEN)),
+    ("A", "half mixed with an honest model", _blended(servers.binning)),
+    ("B", "traps in a quarter of the rows", _traps(stealth=QUARTER)),
+    ("B", "traps with jitter of .3", _traps(stealth=SHAKEN)),
+    ("B", "QBI half mixed with an honest model", _blended(servers.qbi)),
+    ("C", "fishing half mixed with an honest model", _blended(servers.fishing_class)),
+    ("E", "a third of the units spared", _spared),
+)
 
 
-def crafted_models(per_family: int, seed: int) -> Iterator[CraftedModel]:
+def crafted_models(per_family: int, seed: int, crafts: Crafts = CRAFTS) -> Iterator[CraftedModel]:
     """Yield crafted models of every variant, over nets, first values and training stages in turn.
 
     Args:
         per_family: how many of each family at least; its variants share them.
         seed: of everything.
+        crafts: family, variant and crafting function of each.
     """
-    for place, (family, variant, craft) in enumerate(CRAFTS):
-        variants = sum(other == family for other, _, _ in CRAFTS)
+    for place, (family, variant, craft) in enumerate(crafts):
+        variants = sum(other == family for other, _, _ in crafts)
         per_variant = math.ceil(per_family / variants)
         fitting = [net for net in NETS if net.hidden or family == "C"]
         for index in range(per_variant):

@@ -1,0 +1,111 @@
+"""History: what earlier global models looked like, in a few public numbers per layer.
+
+It holds no weights: names, shapes and dtypes once, and per round one log-norm per layer. All of it
+describes global models, which are public to every site. It is bounded and JSON-serialisable.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sentinel.detection.layers import layers_of, wide
+from sentinel.errors import MisuseError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+ROUNDS = 64  # rounds that are remembered
+VERSION = 1
+_FLOOR = -2.0  # log10 of the row norm below which a layer counts as zero: fresh zero-init layers
+
+Shape = tuple[str, tuple[int, ...], str]  # name, shape, dtype
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """What is known of the global models of earlier rounds.
+
+    Attributes:
+        structure: sorted (name, shape, dtype) of the first global model: the pinned structure.
+        scales: one tuple per round, oldest first: log10 of each layer's root mean square row norm,
+            in the order of the sorted layer names; at most `ROUNDS`.
+    """
+
+    structure: tuple[Shape, ...]
+    scales: tuple[tuple[float, ...], ...] = ()
+
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor]) -> History:
+        """Begin a history with one global model."""
+        return cls(structure_of(state), (scales_of(state),))
+
+    def after(self, state: Mapping[str, Tensor]) -> History:
+        """Return the history with one more round; a state of another structure adds nothing."""
+        if structure_of(state) != self.structure:
+            return self
+        return History(self.structure, (*self.scales, scales_of(state))[-ROUNDS:])
+
+    def to_json(self) -> str:
+        """Write as one line of JSON."""
+        return json.dumps(
+            {"version": VERSION, "structure": self.structure, "scales": self.scales},
+            separators=(",", ":"),
+            allow_nan=False,
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> History:
+        """Read what `to_json` wrote.
+
+        Raises:
+            MisuseError: the text is no history of this version.
+        """
+        try:
+            return cls._read(json.loads(text))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            msg = (
+                f"this is no history of version {VERSION}: the text written by History.to_json was "
+                "expected; remove the file to begin a new history"
+            )
+            raise MisuseError(msg) from error
+
+    @classmethod
+    def _read(cls, data: Any) -> History:  # noqa: ANN401  # whatever JSON held
+        if data["version"] != VERSION:
+            raise ValueError
+        structure = tuple(
+            (str(name), tuple(int(size) for size in shape), str(dtype))
+            for name, shape, dtype in data["structure"]
+        )
+        scales = tuple(tuple(float(value) for value in row) for row in data["scales"])
+        finite = all(math.isfinite(value) for row in scales for value in row)
+        layers = sum(len(shape) > 1 for _, shape, _ in structure)
+        if not finite or any(len(row) > layers for row in scales):
+            raise ValueError
+        return cls(structure, scales[-ROUNDS:])
+
+
+def structure_of(state: Mapping[str, Tensor]) -> tuple[Shape, ...]:
+    """Return sorted (name, shape, dtype) of a state."""
+    return tuple(
+        (name, tuple(state[name].shape), str(state[name].dtype).removeprefix("torch."))
+        for name in sorted(state)
+    )
+
+
+def scales_of(state: Mapping[str, Tensor]) -> tuple[float, ...]:
+    """Return log10 of each layer's root mean square row norm, not below the floor."""
+    scales = []
+    for layer in layers_of(state):
+        norm = float(torch.linalg.vector_norm(wide(layer.weight)))
+        size = norm / math.sqrt(layer.weight.shape[0])
+        low = 10.0**_FLOOR
+        scales.append(math.log10(max(size, low)) if math.isfinite(size) else 38.0)
+    return tuple(scales)

@@ -1,0 +1,183 @@
+"""Inspection of a global model before anybody trains on it: structure, weights, behaviour.
+
+Cheap first. It reads the global model, its public history and synthetic probes; never a record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sentinel.detection import rules
+from sentinel.detection.behaviour import behaviour_findings
+from sentinel.detection.bundle import GLOBAL_MODEL, Detector, load_detector
+from sentinel.detection.history import History, scales_of, structure_of
+from sentinel.detection.layers import Layer, layers_of
+from sentinel.detection.rules import Finding, Kind
+from sentinel.detection.weights import LayerStatistics, layer_statistics
+from sentinel.errors import MisuseError
+from sentinel.terms import Verdict
+
+SEED = 20_260  # of the sketches and probes, so that one model always gets one suspicion
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What was found in a global model.
+
+    Attributes:
+        suspicion: 0 to 1, that the model was crafted to leak. Honest models stay below .3.
+        verdict: what the model is taken for.
+        findings: every rule that found something, strongest first.
+        unhealthy: whether the model is broken (not finite, or diverged).
+        history: to be given as `previous` in the next round.
+        probed: whether the behaviour on synthetic probes was looked at.
+    """
+
+    suspicion: float
+    verdict: Verdict
+    findings: tuple[Finding, ...]
+    unhealthy: bool
+    history: History
+    probed: bool = False
+
+
+def inspect_global_model(
+    state: Mapping[str, Tensor],
+    previous: History | Mapping[str, Tensor] | None = None,
+    model: nn.Module | None = None,
+    *,
+    sample: tuple[int, ...] | None = None,
+    detector: Detector | None = None,
+) -> Inspection:
+    """Inspect a global model.
+
+    Args:
+        state: names to dense tensors, as received.
+        previous: the history of an earlier inspection, or the global state of an earlier round.
+        model: the architecture; with it, one forward pass of synthetic probes is run on a copy.
+        sample: shape of one input, without the batch; found by trying where left out.
+        detector: the learned part; the shipped bundle where left out.
+
+    Returns:
+        The inspection. A model that holds values which are not finite is not looked at further.
+
+    Raises:
+        MisuseError: `state` or `previous` is no state dict.
+        Withheld: DETECTOR_UNAVAILABLE.
+
+    Guarantees:
+        The model, its gradients, its training mode and the global random generators are untouched.
+        The same arguments give the same inspection. Nothing in it depends on any record.
+    """
+    _require_state(state, "state")
+    history = _history(previous)
+    learned = detector or load_detector(GLOBAL_MODEL)
+    changed = [] if history is None else _structure_findings(history, state)
+    layers = layers_of(state)
+    broken = _not_finite(state)
+    if broken:
+        kept = history or History(structure_of(state))
+        return _inspection([*changed, *broken], 0.0, kept, probed=False)
+    statistics = _statistics(layers)
+    findings = [*changed, *_weight_findings(state, layers, statistics)]
+    if history is not None and history.scales and not changed:
+        findings += rules.jump_findings(
+            [layer.index for layer in layers], history.scales[-1], scales_of(state)
+        )
+    behaved = None
+    if model is not None and not changed:
+        behaved = behaviour_findings(model, state, sample=sample, generator=_generator())
+        findings += behaved or []
+    unusual, odd = _learned(layers, statistics, learned)
+    following = History.of(state) if history is None else history.after(state)
+    return _inspection([*findings, *odd], unusual, following, probed=behaved is not None)
+
+
+def _require_state(state: object, what: str) -> None:
+    if not isinstance(state, Mapping) or not state:
+        msg = f"{what} must be a non-empty state dict (names to tensors)"
+        raise MisuseError(msg)
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            msg = f"{what} must map names to tensors; an entry is something else"
+            raise MisuseError(msg)
+
+
+def _history(previous: History | Mapping[str, Tensor] | None) -> History | None:
+    if previous is None or isinstance(previous, History):
+        return previous
+    _require_state(previous, "previous")
+    return History.of(previous)
+
+
+def _structure_findings(history: History, state: Mapping[str, Tensor]) -> list[Finding]:
+    pinned = {entry[0]: entry for entry in history.structure}
+    arrived = {entry[0]: entry for entry in structure_of(state)}
+    names = sorted(pinned.keys() | arrived.keys())
+    return [
+        Finding(Kind.STRUCTURE, index)
+        for index, name in enumerate(names)
+        if pinned.get(name) != arrived.get(name)
+    ]
+
+
+def _not_finite(state: Mapping[str, Tensor]) -> list[Finding]:
+    return [
+        Finding(Kind.NOT_FINITE, index)
+        for index, name in enumerate(sorted(state))
+        if state[name].is_floating_point() and not _finite(state[name])
+    ]
+
+
+def _finite(value: Tensor) -> bool:
+    """Whether all values are finite; a finite sum tells in one pass."""
+    total = value.detach().sum(dtype=torch.float32)
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(value).all())
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(SEED)
+
+
+def _statistics(layers: list[Layer]) -> list[LayerStatistics]:
+    return [layer_statistics(layer, _generator()) for layer in layers]
+
+
+def _weight_findings(
+    state: Mapping[str, Tensor], layers: list[Layer], statistics: list[LayerStatistics]
+) -> list[Finding]:
+    found = [
+        finding
+        for layer, seen in zip(layers, statistics, strict=True)
+        for finding in rules.layer_findings(layer, seen)
+    ]
+    return [*found, *rules.model_findings(layers, statistics), *rules.norm_findings(state)]
+
+
+def _learned(
+    layers: list[Layer], statistics: list[LayerStatistics], detector: Detector
+) -> tuple[float, list[Finding]]:
+    """Let the anomaly detector look at every layer; return the strongest, and where it was."""
+    if not layers:
+        return 0.0, []
+    scores = detector.calibrated([seen.vector() for seen in statistics])
+    worst = max(range(len(scores)), key=scores.__getitem__)
+    ceiling = max(knot[1] for knot in detector.manifest.knots)
+    if scores[worst] < 0.9 * ceiling:
+        return scores[worst], []
+    return scores[worst], [Finding(Kind.UNUSUAL, layers[worst].index, scores[worst])]
+
+
+def _inspection(
+    findings: list[Finding], unusual: float, history: History, *, probed: bool
+) -> Inspection:
+    ranked = sorted(findings, key=lambda finding: -finding.strength)
+    ruled = [finding for finding in ranked if finding.kind is not Kind.UNUSUAL]
+    suspicion = rules.suspicion_of(ruled, unusual)
+    unhealthy = any(rules.VERDICTS[found.kind] is Verdict.UNHEALTHY for found in ranked)
+    verdict = rules.verdict_of(ranked, suspicion)
+    return Inspection(suspicion, verdict, tuple(ranked), unhealthy, history, probed)

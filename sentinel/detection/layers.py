@@ -1,0 +1,97 @@
+"""The weight matrices of a state: what an attack on a global model has to bend.
+
+A layer is every floating entry with two or more dimensions, taken as a matrix of one row per unit,
+with the bias that belongs to it. Names decide only which bias belongs to which weight; everything
+else is read from shapes, so that the order of the mapping does not matter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+MATRIX = 2  # dimensions from which an entry is a weight matrix
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One weight matrix.
+
+    Attributes:
+        index: place of the weight's name among the sorted names of the state.
+        name: the weight's name.
+        weight: [units, inputs], in the dtype of the state, borrowed.
+        bias: [units], or None.
+        bias_name: name of the bias, or None.
+        feeds: whether some other layer takes this one's units as input.
+        channels: second dimension of the weight; 1 in a depthwise convolution.
+        convolution: whether the weight has more than two dimensions.
+    """
+
+    index: int
+    name: str
+    weight: Tensor
+    bias: Tensor | None
+    bias_name: str | None
+    feeds: bool
+    channels: int
+    convolution: bool
+
+
+def layers_of(state: Mapping[str, Tensor]) -> list[Layer]:
+    """Return every weight matrix of a state, in the order of the sorted names."""
+    order = {name: index for index, name in enumerate(sorted(state))}
+    matrices = {name: state[name] for name in order if _is_matrix(state[name])}
+    widths = {name: value.shape[1] for name, value in matrices.items()}
+    return [_layer(order[name], name, value, state, widths) for name, value in matrices.items()]
+
+
+def bias_name(name: str) -> str:
+    """Return the name that the bias of weight `name` has by PyTorch's habit."""
+    head, dot, leaf = name.rpartition(".")
+    return f"{head}{dot}{leaf.replace('weight', 'bias')}"
+
+
+def weight_name(name: str) -> str | None:
+    """Return the name that the weight of bias `name` has; None where it is no bias."""
+    head, dot, leaf = name.rpartition(".")
+    return f"{head}{dot}{leaf.replace('bias', 'weight')}" if "bias" in leaf else None
+
+
+def _is_matrix(value: Tensor) -> bool:
+    return value.is_floating_point() and value.ndim >= MATRIX and value.numel() > 0
+
+
+def _layer(
+    index: int, name: str, value: Tensor, state: Mapping[str, Tensor], widths: Mapping[str, int]
+) -> Layer:
+    units = value.shape[0]
+    other = bias_name(name)
+    bias = state.get(other) if other != name else None
+    if bias is not None and (bias.shape != (units,) or not bias.is_floating_point()):
+        bias = None
+    return Layer(
+        index=index,
+        name=name,
+        weight=value.detach().reshape(units, -1),
+        bias=None if bias is None else bias.detach(),
+        bias_name=None if bias is None else other,
+        feeds=any(
+            width == units or (value.ndim > MATRIX and width % units == 0)  # flattened
+            for follower, width in widths.items()
+            if follower != name
+        ),
+        channels=value.shape[1],
+        convolution=value.ndim > MATRIX,
+    )
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32 or wider, sharing memory where it already is."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()

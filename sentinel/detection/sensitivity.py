@@ -1,0 +1,114 @@
+"""Sensitivity score of an update: the estimated share of its records that could be read out of it.
+
+It looks at the update alone. With a reference it is expressed relative to the model at hand, and
+"sharpness" says "reference"; without one, relative to a pool of other models, and it says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+
+from sentinel.detection.bundle import (
+    UPDATE_SENSITIVITY,
+    Detector,
+    interpolated,
+    load_detector,
+)
+from sentinel.detection.features import FEATURES, Measured, update_features
+from sentinel.detection.reference import Place, Reference
+from sentinel.update import Update
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+SEED = 11
+LEAST_RANK = 13  # below it, pooled features of rank compare what cannot be compared
+LEAST_ANOMALY = 1e-3  # where even one record would be ordinary, nothing is divided by nothing
+BLIND = 0.5  # where nothing tells few records from many: neither calm nor alarm
+
+
+@dataclass(frozen=True, slots=True)
+class SensitivityScore:
+    """How revealing an update is.
+
+    Attributes:
+        overall: 0 to 1, the estimated share of the records that could be read.
+        per_tensor: the same from each tensor alone; 0 for a tensor that did not change.
+        sharpness: "reference" (relative to this very model) or "generic" (to other models).
+    """
+
+    overall: float
+    per_tensor: dict[str, float]
+    sharpness: Literal["reference", "generic"]
+
+
+def score_update(
+    update: Update | Mapping[str, Tensor],
+    reference: Reference | None = None,
+    *,
+    detector: Detector | None = None,
+) -> SensitivityScore:
+    """Score an update.
+
+    Args:
+        update: an update, or name -> local - global.
+        reference: what updates of this model look like; without one the score is less sharp.
+        detector: the shipped bundle where left out.
+
+    Returns:
+        The score; the same for the same arguments. An update of zeros scores 0.
+
+    Raises:
+        Withheld: DETECTOR_UNAVAILABLE, or NOT_FINITE.
+
+    Guarantees:
+        Nothing is written to the update. Its overall size (learning rate, clip) does not matter.
+    """
+    deltas = update.deltas if isinstance(update, Update) else update
+    learned = detector or load_detector(UPDATE_SENSITIVITY)
+    measured = update_features(deltas, torch.Generator().manual_seed(SEED))
+    per_tensor = dict.fromkeys(deltas, 0.0)
+    chosen = reference if reference is not None else generic(learned, measured)
+    if not measured:
+        return SensitivityScore(0.0, per_tensor, chosen.sharpness)
+    overall, singly = _scores(chosen, measured, learned)
+    for entry, score in zip(measured, singly, strict=True):
+        per_tensor.update(dict.fromkeys(entry.names, score))
+    return SensitivityScore(overall, per_tensor, chosen.sharpness)
+
+
+def _scores(
+    reference: Reference, measured: list[Measured], detector: Detector
+) -> tuple[float, list[float]]:
+    """Overall and per tensor, in one call of the detector; the calmest mode counts."""
+    per_tensor, overall = reference.relative(measured)
+    groups = [overall, *per_tensor]
+    flat = [vector.tolist() for group in groups for pair in group for vector in pair]
+    anomalies = iter(detector.anomaly(flat) if flat else ())
+    scores = []
+    for group in groups:
+        calmest = min(
+            (share_of_single(next(anomalies), next(anomalies)) for _ in group), default=None
+        )
+        knots = detector.manifest.knots
+        scores.append(BLIND if calmest is None else interpolated(calmest, knots))
+    return max(scores[0], reference.floor), scores[1:]
+
+
+def share_of_single(anomaly: float, single: float) -> float:
+    """Return the anomaly as a share of what one record's would be on the same model."""
+    return anomaly / max(single, LEAST_ANOMALY)
+
+
+def generic(detector: Detector, measured: list[Measured]) -> Reference:
+    """Return the pooled reference of the bundle, the same place for every tensor."""
+    rows = np.array([detector.manifest.generic[name] for name in FEATURES])  # [features, modes*3]
+    modes = tuple(Place(*part.T) for part in np.split(rows, rows.shape[1] // 3, axis=1))
+    places = {entry.names[0]: modes for entry in measured if entry.rank >= LEAST_RANK}
+    return Reference(places, detector.manifest.floor, sharpness="generic")

@@ -1,0 +1,251 @@
+"""Inspection: crafted models are found, honest ones pass, and nothing of the user's is touched."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from sentinel.detection import History, Kind, inspect_global_model
+from sentinel.errors import MisuseError
+from sentinel.stress import corpus, servers
+from sentinel.terms import Verdict
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def built(name: str, seed: int = 0, init: str = "default") -> tuple[nn.Module, corpus.State]:
+    net = next(net for net in corpus.NETS if net.name == name)
+    module = corpus.fresh(net, seeded(seed), init)
+    return module, servers.copied(module.state_dict())
+
+
+CRAFTS = {
+    "binning": (servers.binning, Verdict.BINNING),
+    "trap_weights": (servers.trap_weights, Verdict.SPARSE_ACTIVATION),
+    "qbi": (servers.qbi, Verdict.SPARSE_ACTIVATION),
+    "fishing_class": (servers.fishing_class, Verdict.MAGNIFICATION),
+    "fishing_feature": (servers.fishing_feature, Verdict.MAGNIFICATION),
+    "suppression": (servers.suppression, Verdict.INCONSISTENCY),
+}
+
+
+@pytest.mark.parametrize("name", ["mlp-13-256-1", "mlp-13-64-2", "lenet-256", "norm-cnn-128"])
+@pytest.mark.parametrize("craft", CRAFTS)
+def test_a_textbook_attack_is_found_and_named(name: str, craft: str) -> None:
+    module, honest = built(name, 3)
+    attack, verdict = CRAFTS[craft]
+    crafted = attack(module, honest, generator=seeded(4))
+    alone = inspect_global_model(crafted)
+    assert alone.suspicion > 0.8
+    assert alone.verdict is verdict
+    assert inspect_global_model(honest).suspicion < 0.3
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"scale": 0.01},
+        {"direction": servers.Direction.MEAN},
+        {"stealth": servers.Stealth(permute=True, scale=1.0, flip=0.5, jitter=0.1)},
+        {"scale": 0.01, "stealth": servers.Stealth(permute=True, flip=0.5)},
+    ],
+)
+def test_binning_is_found_behind_scale_sign_order_and_jitter(choices: dict[str, object]) -> None:
+    module, honest = built("mlp-13-256-1")
+    crafted = servers.binning(module, honest, generator=seeded(1), **choices)
+    found = inspect_global_model(crafted)
+    assert found.verdict is Verdict.BINNING
+    assert found.suspicion > 0.8
+
+
+def test_a_finding_names_the_crafted_layer_by_its_place_among_the_sorted_names() -> None:
+    module, honest = built("lenet-256")
+    crafted = servers.qbi(module, honest, generator=seeded(1))
+    found = inspect_global_model(crafted)
+    assert sorted(crafted)[found.findings[0].layer] == "7.weight"
+    assert found.findings[0].kind is Kind.QUANTILE_BIASES
+
+
+@pytest.mark.parametrize("net", corpus.NETS, ids=lambda net: net.name)
+@pytest.mark.parametrize("init", corpus.INITS)
+def test_fresh_models_of_every_kind_of_first_values_pass(net: corpus.Net, init: str) -> None:
+    module = corpus.fresh(net, seeded(5), init)
+    found = inspect_global_model(module.state_dict(), None, module)
+    assert found.suspicion < 0.3
+    assert found.verdict is Verdict.HONEST
+    assert not found.unhealthy
+    assert found.probed
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_pruned_and_half_precision_models_pass(share: float, dtype: torch.dtype) -> None:
+    module, state = built("lenet-256", 6)
+    small = {name: value.to(dtype) for name, value in corpus.pruned(state, share).items()}
+    assert inspect_global_model(small, None, module).suspicion < 0.3
+
+
+def test_an_honest_run_raises_no_alarm_with_history_and_probes() -> None:
+    for run in corpus.honest_runs(4, 4, seed=77):
+        history = None
+        for state in run.states:
+            found = inspect_global_model(state, history, run.module)
+            history = found.history
+            assert found.suspicion < 0.3
+        assert len(history.scales) == 4
+
+
+def test_values_that_are_not_finite_are_unhealthy_and_no_attack() -> None:
+    _, state = built("mlp-13-64-2")
+    for value in (float("nan"), float("inf")):
+        state["0.weight"][0, 0] = value
+        found = inspect_global_model(state)
+        assert found.verdict is Verdict.UNHEALTHY
+        assert found.unhealthy
+        assert found.suspicion == 0.0
+
+
+def test_a_diverged_model_is_unhealthy() -> None:
+    _, state = built("mlp-30-128-64-5")
+    found = inspect_global_model({name: value * 1e4 for name, value in state.items()})
+    assert found.unhealthy
+
+
+@pytest.mark.parametrize("change", ["add", "remove", "shape", "dtype"])
+def test_a_changed_structure_is_found_against_state_and_history(change: str) -> None:
+    _, state = built("mlp-13-64-2")
+    other = dict(state)
+    if change == "add":
+        other["extra"] = torch.zeros(3)
+    elif change == "remove":
+        del other["2.bias"]
+    elif change == "shape":
+        other["0.weight"] = torch.randn(64, 14, generator=seeded(0))
+    else:
+        other["2.bias"] = other["2.bias"].half()
+    for previous in (state, History.of(state)):
+        found = inspect_global_model(other, previous)
+        assert found.verdict is Verdict.STRUCTURE_CHANGED
+        assert found.suspicion > 0.9
+
+
+def test_a_model_that_collapses_between_rounds_is_found() -> None:
+    _, state = built("mlp-30-128-64-5")
+    small = {name: value * 0.01 for name, value in state.items()}
+    assert inspect_global_model(small).suspicion < 0.5
+    found = inspect_global_model(small, state)
+    assert found.suspicion >= 0.8
+    assert found.findings[0].kind is Kind.SCALE_JUMP
+
+
+def test_layers_that_grow_from_zero_are_no_jump() -> None:
+    module, state = built("mlp-13-64-2", init="zero-last")
+    _, later = built("mlp-13-64-2", 1)
+    later = {name: later[name] if name.startswith("2") else state[name] for name in state}
+    assert inspect_global_model(later, state, module).suspicion < 0.3
+
+
+def test_history_survives_json_and_stays_bounded() -> None:
+    _, state = built("mlp-13-64-2")
+    history = History.of(state)
+    for _ in range(100):
+        history = history.after(state)
+    assert len(history.scales) == 64
+    assert History.from_json(history.to_json()) == history
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", '{"version":2,"structure":[],"scales":[]}', '{"version":1}']
+)
+def test_a_damaged_history_is_refused(text: str) -> None:
+    with pytest.raises(MisuseError, match="history"):
+        History.from_json(text)
+
+
+def test_history_holds_no_value_of_a_layer() -> None:
+    _, state = built("mlp-13-64-2")
+    written = History.of(state).to_json()
+    assert len(written) < 600  # 960 values and their names could not be in it
+
+
+class Watchful(nn.Module):
+    """Remembers every call, draws from the global generator and has dropout."""
+
+    def __init__(self) -> None:
+        """Build."""
+        super().__init__()
+        self.first = nn.Linear(13, 32)
+        self.last = nn.Linear(32, 2)
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Count the call."""
+        self.calls += 1
+        noise = torch.rand(1)
+        return self.last(nn.functional.dropout(self.first(x), training=True)) + 0 * noise
+
+
+def test_probing_leaves_model_gradients_mode_hooks_and_generators_untouched() -> None:
+    model = Watchful()
+    model.last.weight.grad = torch.ones_like(model.last.weight)
+    fired = []
+    model.first.register_forward_hook(lambda *_: fired.append(1))
+    state = {name: torch.randn(value.shape) for name, value in model.state_dict().items()}
+    before = copy.deepcopy(model.state_dict())
+    generator = torch.get_rng_state()
+    found = inspect_global_model(state, None, model)
+    assert found.probed
+    assert torch.equal(generator, torch.get_rng_state())
+    assert model.training
+    assert model.calls == 0
+    assert not fired
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert torch.equal(model.last.weight.grad, torch.ones_like(model.last.weight))
+
+
+def test_buffers_outside_the_state_mean_no_probes() -> None:
+    module, state = built("mlp-13-64-2")
+    module.register_buffer("kept", torch.zeros(3), persistent=False)
+    assert not inspect_global_model(state, None, module).probed
+
+
+def test_a_model_that_takes_no_known_input_is_inspected_by_its_weights() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return self.layer(x) + y
+
+    model = Odd()
+    found = inspect_global_model(model.state_dict(), None, model)
+    assert not found.probed
+    assert found.verdict is Verdict.HONEST
+
+
+def test_the_same_model_gets_the_same_inspection() -> None:
+    module, state = built("lenet-256")
+    assert inspect_global_model(state, None, module) == inspect_global_model(state, None, module)
+
+
+@pytest.mark.parametrize("state", [{}, None, [1], {"a": 1}, {1: torch.zeros(2)}])
+def test_what_is_no_state_dict_is_misuse(state: object) -> None:
+    with pytest.raises(MisuseError, match="state"):
+        inspect_global_model(state)
+
+
+def test_states_of_odd_tensors_are_inspected() -> None:
+    state = {
+        "scalar": torch.tensor(1.0),
+        "empty": torch.zeros(0, 4),
+        "count": torch.tensor(3),
+        "zero.weight": torch.zeros(4, 4),
+        "one.weight": torch.ones(1, 1),
+    }
+    assert inspect_global_model(state).verdict is Verdict.HONEST
