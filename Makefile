@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-all lint type imports wheel test-wheel bench detectors docs clean
+.PHONY: help demo test test-all coverage lint type imports wheel test-wheel bench detectors clean
 help:  ## say what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ \t/' | expand -t 14
 
@@ -60,8 +60,7 @@ bench: $(READY)  ## a release beside Flower's and NVFLARE's own code
 	.venv-bench/bin/python tests/benchmarks/release.py
 
 detectors: $(READY)  ## train the shipped detectors again
-	$(BIN)/sentinel detectors train update-sensitivity --out detectors/update-sensitivity
-	$(BIN)/sentinel detectors train global-model --out detectors/global-model
+	$(BIN)/sentinel detectors train --out detectors
 
 clean:  ## remove what was made
 	rm -rf $(VENV) .venv-wheel .venv-bench dist build demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sentinel.errors import MisuseError
+from sentinel.interval import wilson
 from sentinel.stress.images import BATCH, LONE, Attack, ImageAttacker, best
-from sentinel.stress.interval import wilson
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from sentinel.stress.interval import Interval
+    from sentinel.interval import Interval
     from sentinel.stress.inversion import Matching
 
 

@@ -15,7 +15,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from sentinel.errors import MisuseError
-from sentinel.stress.interval import Count
+from sentinel.interval import Count
 from sentinel.stress.ssim import ssim
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sentinel.errors import MisuseError
-from sentinel.stress.interval import Count, Interval, difference
+from sentinel.interval import Count, Interval, difference
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

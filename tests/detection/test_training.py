@@ -9,9 +9,9 @@ import pytest
 from scipy.stats import spearmanr
 
 from sentinel.detection import load_detector
-from sentinel.detection.training.interval import wilson
 from sentinel.detection.training.recipe import Recipe, read_recipe
 from sentinel.detection.training.sensitivity import spearman
+from sentinel.detection.training.table import said
 from sentinel.errors import MisuseError
 from sentinel.paths import bundled
 from sentinel.stress import corpus
@@ -43,12 +43,6 @@ def test_a_recipe_that_cannot_be_used_is_misuse(tmp_path: Path, text: str) -> No
         read_recipe(path)
 
 
-def test_wilson_agrees_with_published_values() -> None:
-    assert wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-3)
-    assert wilson(381, 381)[0] == pytest.approx(0.99, abs=1e-3)
-    assert wilson(0, 0) == (0.0, 1.0)
-
-
 def test_spearman_agrees_with_scipy_on_ties() -> None:
     generator = np.random.default_rng(0)
     left = generator.integers(0, 5, 200).astype(float)
@@ -65,3 +59,9 @@ def test_the_corpus_is_the_same_for_the_same_seed() -> None:
 def test_both_detectors_are_loaded_from_where_they_ship() -> None:
     assert load_detector("global-model").manifest.detector == "IForest"
     assert load_detector("update-sensitivity").manifest.generic
+
+
+def test_a_share_is_said_with_its_interval() -> None:
+    assert said(0, 10) == "0 of 10 (0.0 to 27.8 %)"
+    assert said(381, 381) == "381 of 381 (99.0 to 100.0 %)"
+    assert said(0, 0) == "none tried"

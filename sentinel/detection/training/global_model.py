@@ -19,8 +19,7 @@ from sentinel.detection.bundle import GLOBAL_MODEL, load_detector
 from sentinel.detection.inspection import inspect_global_model
 from sentinel.detection.layers import layers_of
 from sentinel.detection.training.export import to_onnx, write_bundle
-from sentinel.detection.training.interval import said
-from sentinel.detection.training.table import table
+from sentinel.detection.training.table import said, table
 from sentinel.detection.weights import STATISTICS, STATISTICS_VERSION, layer_statistics
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sentinel.errors import MisuseError
-from sentinel.stress.interval import Count, difference, wilson
+from sentinel.interval import Count, difference, wilson
 
 
 @st.composite
