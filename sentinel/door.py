@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from sentinel.audit import Alerts
-    from sentinel.detection import Inspection, Reference
+    from sentinel.detection import Inspection, Reference, SensitivityScore
     from sentinel.house import House
     from sentinel.policy import Policy
     from sentinel.release import Measure
@@ -129,13 +129,13 @@ class Door:
         """Scores what would leave, against a reference through this very model where it is here."""
         reference = None if model is None else self._reference(model, base)
 
-        def measure(deltas: Mapping[str, torch.Tensor]) -> float:
-            return detection.score_update(deltas, reference).overall
+        def measure(deltas: Mapping[str, torch.Tensor]) -> SensitivityScore:
+            return detection.score_update(deltas, reference)
 
         return measure
 
     def _reference(self, model: nn.Module, base: Mapping[str, torch.Tensor]) -> Reference | None:
-        """The reference of this architecture; None for a model that synthetic inputs do not fit."""
+        """The reference of this architecture; None where it cannot be had, or not in good time."""
         try:
             return detection.build_reference(model, base, folder=self._state.references)
         except MisuseError:

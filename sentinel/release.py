@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from sentinel.detection import SensitivityScore
     from sentinel.house import House
     from sentinel.releases import RoundKey
 
@@ -64,8 +65,8 @@ _FINAL = frozenset(
 class Measure(Protocol):
     """Scores what would leave."""
 
-    def __call__(self, deltas: Mapping[str, torch.Tensor]) -> float:
-        """The sensitivity score, 0 to 1."""
+    def __call__(self, deltas: Mapping[str, torch.Tensor]) -> SensitivityScore:
+        """The sensitivity score of the update, and of each tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,7 @@ class Decided:
     """What steps 4 to 6 came to."""
 
     evidence: Evidence
+    score: SensitivityScore
     plan: Plan
     clipped: bool
 
@@ -167,14 +169,14 @@ def _first(
     update = _read(house, opened, local())  # 1
     outgoing = _base_mechanism(house, update)  # 2
     spent = _charge(house, opened)  # 3
-    sensitivity = opened.measure(outgoing.update.deltas)  # 4
+    score = opened.measure(outgoing.update.deltas)  # 4
     evidence = Evidence(
-        outgoing.update.coordinates, sensitivity, opened.suspicion, spent, opened.unhealthy
+        outgoing.update.coordinates, score.overall, opened.suspicion, spent, opened.unhealthy
     )
     plan = decide(house.rules, evidence)  # 5
     _require_release(house, evidence, plan)
     state, clipped = _transform(house, outgoing, plan, kind)  # 6
-    decided = Decided(evidence, plan, clipped)
+    decided = Decided(evidence, score, plan, clipped)
     _record(house, opened, decided, state, kind)  # 7
     return Released(state, decided)  # 8
 
@@ -273,6 +275,7 @@ def _record(house: House, opened: OpenRound, decided: Decided, state: State, kin
         round=opened.key.digest,
         promised=promised,
         sensitivity=score_step(evidence.sensitivity),
+        with_reference=decided.score.sharpness == "reference",
         suspicion=score_step(evidence.suspicion),
         budget_spent=score_step(evidence.budget_spent),
         rules=tuple(

@@ -117,6 +117,7 @@ class UpdateDecided(Record):
     round: Digest
     promised: bool
     sensitivity: Annotated[Score, FromData()]
+    with_reference: bool  # whether the score is relative to this very model, hence sharper
     suspicion: Score
     budget_spent: Score
     rules: Annotated[tuple[Index, ...], Field(max_length=256), FromData()]  # places in the policy

@@ -61,6 +61,7 @@ def sanitize_command(
         "out": str(out),
         "replayed": rnd.replayed,
         "sensitivity": None if decided is None else round(decided.evidence.sensitivity, 3),
+        "sharpness": None if decided is None else decided.score.sharpness,
         "suspicion": None if rnd.inspection is None else round(rnd.inspection.suspicion, 3),
         "rules": [] if decided is None else list(decided.plan.decided_by),
         "promise": None
@@ -80,7 +81,8 @@ def _tell(summary: dict[str, Any]) -> None:
         return
     screen.print(f"{summary['out']}: released.")
     screen.print(
-        f"  sensitivity score {summary['sensitivity']}, suspicion {summary['suspicion']}, "
+        f"  sensitivity score {summary['sensitivity']} ({summary['sharpness']}), "
+        f"suspicion {summary['suspicion']}, "
         f"rules applied: {', '.join(summary['rules'])}"
     )
     if summary["promise"] is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     Vector = NDArray[np.float64]
 
 SEED = 7
+PATIENCE = 120.0  # seconds for all synthetic rounds of a model, once per architecture
+SLOW = 0.02  # seconds per record below which a model is quick, whatever a first call costs
 MANY = 64  # records from which a round is ordinary
 OUTSIDERS = 64  # records that no round uses
 LEAST_GAP = 0.03  # between ordinary and single, in units of the feature; less is rounding
@@ -154,6 +157,7 @@ def build_reference(
     *,
     sample: Sequence[int] | None = None,
     folder: Path | None = None,
+    patience: float = PATIENCE,
 ) -> Reference:
     """Build the reference of a model from synthetic rounds.
 
@@ -162,12 +166,14 @@ def build_reference(
         global_state: the public global model.
         sample: shape of one input, without the batch; found by trying where left out.
         folder: where references are kept, by digest of the architecture; none where left out.
+        patience: seconds that the synthetic rounds may take, judged by a first one.
 
     Returns:
         The reference; the same for the same arguments.
 
     Raises:
-        MisuseError: the model cannot be copied, or takes none of the shapes that were tried.
+        MisuseError: the model cannot be copied, takes none of the shapes that were tried, or is so
+            large that the rounds would take longer than `patience`.
 
     Guarantees:
         No record is read. The global random generators are as they were.
@@ -185,11 +191,33 @@ def build_reference(
             "without a reference"
         )
         raise MisuseError(msg)
+    _require_patience(copied, shape, patience)
     reference = _build(copied, shape, generator)
     if cache is not None:
         cache.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         replace_file(cache, _written(reference))
     return reference
+
+
+def _require_patience(module: nn.Module, shape: Sequence[int], patience: float) -> None:
+    """Time one round of two records, and refuse where all rounds would take too long."""
+    generator = torch.Generator().manual_seed(SEED)
+    inside = records(2, shape, generator, tokens=vocabulary(module))
+    start = time.perf_counter()
+    local_round(module, inside, torch.zeros(2, dtype=torch.int64), Spec(2, 2))
+    seconds = (time.perf_counter() - start) / 2
+    passes = sum(
+        spec.records * spec.epochs * repeats
+        for specs in (SINGLE, FEW, *ORDINARY)
+        for spec, repeats in _fewer(specs, _is_large(module))
+    )
+    if seconds * passes > patience and seconds > SLOW:
+        msg = (
+            f"the synthetic rounds of this model would take about {seconds * passes:.0f} seconds, "
+            f"more than the {patience:.0f} allowed; give more `patience`, or score without a "
+            "reference"
+        )
+        raise MisuseError(msg)
 
 
 def _digest(model: nn.Module, state: Mapping[str, Tensor]) -> str:
@@ -199,7 +227,7 @@ def _digest(model: nn.Module, state: Mapping[str, Tensor]) -> str:
 
 
 def _build(module: nn.Module, shape: Sequence[int], generator: torch.Generator) -> Reference:
-    large = sum(value.numel() for value in module.parameters()) > LARGE
+    large = _is_large(module)
     single = list(_rounds(module, shape, _fewer(SINGLE, large), generator))
     few = list(_rounds(module, shape, _fewer(FEW, large), generator))
     modes = [list(_rounds(module, shape, _fewer(mode, large), generator)) for mode in ORDINARY]
@@ -208,6 +236,10 @@ def _build(module: nn.Module, shape: Sequence[int], generator: torch.Generator) 
         places=places(_features(single), _features(few), [_features(mode) for mode in modes]),
         floor=max((float(np.mean(mode)) for mode in leaks if mode), default=0.0),
     )
+
+
+def _is_large(module: nn.Module) -> bool:
+    return sum(value.numel() for value in module.parameters()) > LARGE
 
 
 def _features(rounds: Sequence[tuple[Features, float | None]]) -> list[Features]:

@@ -45,6 +45,7 @@ def decided(**changes: object) -> UpdateDecided:
         "round": "b" * 64,
         "promised": False,
         "sensitivity": 3,
+        "with_reference": True,
         "suspicion": 0,
         "budget_spent": 0,
         "rules": (0, 2),

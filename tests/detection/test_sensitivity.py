@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -227,3 +228,22 @@ def test_likely_labels_follow_the_model_and_others_do_not() -> None:
 
 def test_relative_features_are_named_once() -> None:
     assert len(set(RELATIVE)) == len(RELATIVE)
+
+
+def test_a_model_whose_rounds_would_take_too_long_is_refused_before_they_begin() -> None:
+    class Slow(nn.Module):
+        """A dense layer that takes its time."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, rows: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.1)
+            return self.layer(rows)
+
+    model = Slow()
+    start = time.perf_counter()
+    with pytest.raises(MisuseError, match="more than the 5 allowed"):
+        build_reference(model, model.state_dict(), patience=5.0)
+    assert time.perf_counter() - start < 5.0
