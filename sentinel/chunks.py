@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -37,12 +38,39 @@ def one_thread() -> Iterator[None]:
     A chunk is too small to share out: on a busy machine the threads of torch wait for one another
     many times longer than the work takes (25 M values: 10 s against 0.9 s were seen).
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    _quiet.enter()
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        _quiet.leave()
+
+
+class _Quiet:
+    """How many blocks want one thread.
+
+    The number of threads is the process's own, so blocks that overlap must not each put back what
+    they saw: the first one in notes it, the last one out puts it back.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before = 1
+
+    def enter(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._before = torch.get_num_threads()
+            self._inside += 1
+            torch.set_num_threads(1)
+
+    def leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            torch.set_num_threads(1 if self._inside else self._before)
+
+
+_quiet = _Quiet()
 
 
 def sum_of_squares(tensor: torch.Tensor) -> float:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sentinel import audit, detection
 from sentinel.audit import AlertEvent
 from sentinel.detection.bundle import GLOBAL_MODEL, UPDATE_SENSITIVITY
 from sentinel.errors import MisuseError, PolicyError, RoundRefused, Withheld
-from sentinel.gate import gate, require_same_model, require_sound
+from sentinel.gate import gate, require_open, require_sound
 from sentinel.policy import refuses, unmatched
 from sentinel.terms import Reason, Verdict, Weakness
 from sentinel.update import model_digest
@@ -74,12 +75,12 @@ class Door:
             Withheld: nothing trained on it could be released.
             PolicyError: a rule names parameters that this model does not have.
         """
-        digest = model_digest(base)
         require_sound(self.house)
         _require_matches(self.house.rules, base)
+        digest = model_digest(base)
         ending = self.house.releases.ending(key)
         if ending is not None:
-            require_same_model(ending, digest)
+            require_open(ending, digest)
         else:
             gate(self.house, patients)
         return digest
@@ -110,20 +111,50 @@ class Door:
         """
         suspicion = 0.0 if inspection is None else inspection.suspicion
         unhealthy = inspection is not None and inspection.unhealthy
-        seen: dict[str, Any] = {
-            "round": key.digest,
-            "number": key.number,
-            "global_model": digest,
-            "verdict": Verdict.HONEST if inspection is None else inspection.verdict,
-            "suspicion": audit.score_step(suspicion),
-        }
+        verdict = Verdict.HONEST if inspection is None else inspection.verdict
         opening = refuses(self.house.rules, suspicion, unhealthy=unhealthy)
         if opening.refused:
             reason = Reason.UNHEALTHY_MODEL if unhealthy else Reason.CRAFTED_MODEL
-            self.house.write(audit.RoundRefused, **seen, reason=reason)
-            raise _refusal(reason, seen["verdict"], opening.decided_by)
-        self.house.write(audit.RoundOpened, **seen, inspected=inspection is not None)
+            raise _refusal(reason, verdict, opening.decided_by)
+        self.house.write(
+            audit.RoundOpened,
+            round=key.digest,
+            number=key.number,
+            global_model=digest,
+            verdict=verdict,
+            suspicion=audit.score_step(suspicion),
+            inspected=inspection is not None,
+        )
         return suspicion, unhealthy
+
+    def refuse(
+        self, key: RoundKey, digest: str | None, inspection: Inspection | None, reason: Reason
+    ) -> None:
+        """Record and tell that a round was refused before training, as far as that is possible.
+
+        A log that cannot be written must not hide why the round was refused.
+        """
+        verdict = None if inspection is None else inspection.verdict
+        with contextlib.suppress(Withheld):
+            self.house.write(
+                audit.RoundRefused,
+                round=key.digest,
+                number=key.number,
+                global_model=digest,
+                verdict=verdict,
+                suspicion=None if inspection is None else audit.score_step(inspection.suspicion),
+                reason=reason,
+            )
+        self.tell(AlertEvent.ROUND_REFUSED, key, reason, verdict)
+
+    def tell(
+        self, event: AlertEvent, key: RoundKey, reason: Reason, verdict: Verdict | None
+    ) -> None:
+        """Alert operations."""
+        fields: dict[str, Reason | Verdict | int] = {"reason": reason, "round": key.number}
+        if verdict is not None:
+            fields["verdict"] = verdict
+        self.alerts.send(event, **fields)
 
     def measure(self, model: nn.Module | None, base: Mapping[str, torch.Tensor]) -> Measure:
         """Scores what would leave, against a reference through this very model where it is here."""
@@ -135,7 +166,10 @@ class Door:
         return measure
 
     def _reference(self, model: nn.Module, base: Mapping[str, torch.Tensor]) -> Reference | None:
-        """The reference of this architecture; None where it cannot be had, or not in good time."""
+        """The reference of this architecture; None where it cannot be had, or not in good time.
+
+        The log says of every score whether it had one.
+        """
         try:
             return detection.build_reference(model, base, folder=self._state.references)
         except MisuseError:
@@ -181,6 +215,6 @@ def _refusal(reason: Reason, verdict: Verdict, rules: tuple[str, ...]) -> RoundR
     named = ", ".join(rules)
     return RoundRefused(
         reason,
-        f"The global model of this round was refused before training: it looks like {verdict} "
-        f"(rule {named}). See docs/runbook.md.",
+        f"The global model of this round was refused before training (verdict {verdict}, rule "
+        f"{named}). See docs/runbook.md.",
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import secrets
 import stat
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -16,6 +18,38 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _OWNER_ONLY = 0o600
+_IN_THE_WAY = {errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENXIO}
+_STALE = 3600.0  # seconds; writing a draft takes seconds
+
+
+@contextmanager
+def storage() -> Iterator[None]:
+    """Turn an error of the file system into a refusal: whatever could not be kept may not leave.
+
+    Raises:
+        Withheld: STATE_UNSAFE where something that is no file or folder of ours is in the way (a
+            symbolic link, a file in the place of a folder), else STORAGE_FAILED.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _IN_THE_WAY:
+            raise Withheld(
+                Reason.STATE_UNSAFE,
+                "Something that is no file or folder of the guard's own lies in the state folder, "
+                "a symbolic link perhaps. Move it away, or name another folder.",
+            ) from None
+        raise Withheld(
+            Reason.STORAGE_FAILED,
+            "The state folder could not be read or written; check space and permissions.",
+        ) from None
+
+
+def remove_drafts(folder: Path, now: float) -> None:
+    """Remove drafts that a killed process left behind: those older than an hour."""
+    for draft in folder.glob(".*.draft"):
+        if draft.lstat().st_mtime < now - _STALE:
+            draft.unlink(missing_ok=True)
 
 
 def private_folder(path: Path) -> Path:
@@ -23,7 +57,7 @@ def private_folder(path: Path) -> Path:
 
     Raises:
         Withheld: STATE_UNSAFE where it is a symbolic link, no folder, owned by someone else, or
-            writable by group or others.
+            writable by group or others, or where a folder above it is writable by anybody.
     """
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     info = path.lstat()
@@ -34,9 +68,16 @@ def private_folder(path: Path) -> Path:
         problem = "belongs to another user"
     elif info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         problem = "can be written by group or others; use mode 0700"
+    if problem is None and any(map(_open_to_all, path.resolve().parents)):
+        problem = "lies in a folder in which anybody can rename it away (mode o+w, not sticky)"
     if problem:
         raise Withheld(Reason.STATE_UNSAFE, f"The state folder {path.name!r} {problem}.")
     return path
+
+
+def _open_to_all(folder: Path) -> bool:
+    mode = folder.stat().st_mode
+    return bool(mode & stat.S_IWOTH) and not mode & stat.S_ISVTX
 
 
 def open_private(path: Path, flags: int) -> int:
@@ -62,9 +103,14 @@ def sync_file(path: Path) -> None:
         os.close(handle)
 
 
+def draft_of(path: Path) -> Path:
+    """A name beside `path` that nobody else uses."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.draft")
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Write `content` under `path` so that a crash leaves the old content or the new, whole."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
+    draft = draft_of(path)
     handle = open_private(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     try:
         with os.fdopen(handle, "wb") as file:

@@ -5,10 +5,7 @@ No message ever holds a tensor value, a record, or text that came from data.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from sentinel.terms import Reason
+from sentinel.terms import Reason
 
 
 class SentinelError(Exception):
@@ -34,3 +31,24 @@ class Withheld(SentinelError):
 
 class RoundRefused(Withheld):
     """The incoming global model was inspected and the policy refuses to train on it."""
+
+
+def unforeseen(error: Exception) -> Withheld:
+    """What to raise for an error that nobody foresaw: its type and place, never its text.
+
+    The text of a foreign error may hold values.
+    """
+    if isinstance(error, OSError):
+        return Withheld(
+            Reason.STORAGE_FAILED,
+            "The state folder could not be read or written; check space and permissions.",
+        )
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    module = "?" if place is None else place.tb_frame.f_globals.get("__name__", "?")
+    line = 0 if place is None else place.tb_lineno
+    return Withheld(
+        Reason.INTERNAL_ERROR,
+        f"{type(error).__name__} at {module}:{line}; nothing was released. Please report it.",
+    )

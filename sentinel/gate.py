@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from typing import TYPE_CHECKING
 
 from sentinel.errors import Withheld
 from sentinel.house import event_of, promise_of
+from sentinel.releases import Fate
 from sentinel.terms import Reason, Unit
 
 if TYPE_CHECKING:
     from sentinel.house import House
     from sentinel.policy import Policy
     from sentinel.releases import Ending
-
-_DAY = 24 * 60 * 60  # seconds
+    from sentinel.state import StateFolder
 
 
 def gate(house: House, patients: int | None) -> None:
     """Step 0: whatever can be said before the update is looked at."""
     policy = house.rules
-    if policy.expired(house.clock().date()):
+    if policy.expired(_today(house)):
         raise Withheld(
             Reason.POLICY_EXPIRED, f"The policy expired on {policy.expires}; install a newer one."
         )
     _require_patients(policy, patients)
-    limit = policy.limits.rounds_per_day
-    if limit is not None and house.ledger.count_since(policy.dataset, house.now() - _DAY) >= limit:
-        raise Withheld(
-            Reason.RATE_LIMITED,
-            f"{limit} rounds were charged in the last 24 hours, as many as the policy allows.",
-        )
+    house.ledger.require_rate(policy.dataset, house.now(), policy.limits.rounds_per_day)
     if policy.privacy is not None and policy.privacy.unit is not Unit.SITE:
         raise Withheld(
             Reason.PROMISE_NOT_KEPT,
@@ -40,6 +36,13 @@ def gate(house: House, patients: int | None) -> None:
     promise = promise_of(policy)
     if promise is not None:
         house.ledger.require_budget(policy.dataset, event_of(policy), promise)
+
+
+def _today(house: House) -> dt.date:
+    """The day (UTC) by the clock, or by the last record where the clock was put back."""
+    last = house.log.last()
+    latest = max(house.now(), 0 if last is None else last.record.at)
+    return dt.datetime.fromtimestamp(latest, dt.UTC).date()
 
 
 def _require_patients(policy: Policy, patients: int | None) -> None:
@@ -62,17 +65,31 @@ def _require_patients(policy: Policy, patients: int | None) -> None:
         )
 
 
-def require_same_model(ending: Ending, global_model: str) -> None:
-    """Refuse a round number that has ended with another global model."""
+def require_open(ending: Ending, global_model: str) -> None:
+    """Refuse a round that has ended, unless it was released and can be given again.
+
+    Raises:
+        Withheld: OTHER_GLOBAL_MODEL, or the reason for which the round was withheld.
+    """
     if ending.global_model != global_model:
         raise Withheld(
             Reason.OTHER_GLOBAL_MODEL,
             "This round number has ended already, with another global model. A new job needs a new "
             "run: Guard(..., run=...).",
         )
+    if ending.fate is Fate.WITHHELD:
+        raise Withheld(
+            ending.reason or Reason.ROUND_CLOSED,
+            "This round was withheld after its update was looked at; the answer stands.",
+        )
+    if ending.fate is Fate.PRUNED:
+        raise Withheld(
+            Reason.ROUND_CLOSED,
+            "This round was released, and its bytes were removed since; it is not made again.",
+        )
 
 
-def require_sound(house: House) -> None:
+def require_sound(house: House | StateFolder) -> None:
     """Stop everything where ledger and log do not fit together: one was put back or cut short."""
     noted = house.ledger.last_log_head()
     last = house.log.last()
@@ -81,11 +98,17 @@ def require_sound(house: House) -> None:
             Reason.LOG_DAMAGED,
             "The audit log is shorter than the ledger says: it was cut or replaced.",
         )
-    if last is not None and last.seq == noted.seq and last.hash != noted.hash:
+    if house.log.hash_at(noted.seq) != noted.hash:
         raise Withheld(Reason.LOG_DAMAGED, "The audit log is not the one that the ledger names.")
     if last is not None and house.ledger.hash_at(last.record.ledger_seq) != last.record.ledger_head:
         raise Withheld(
             Reason.LEDGER_BEHIND_LOG,
             "The ledger lacks charges that the audit log names: it was put back from a backup, or "
             "replaced. Put the newer one back; nothing is released until then.",
+        )
+    if last is None and house.releases.holds_any():
+        raise Withheld(
+            Reason.LEDGER_BEHIND_LOG,
+            "Rounds were released from this folder, and its ledger and audit log are gone. Put "
+            "them back; nothing is released until then.",
         )

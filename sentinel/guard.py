@@ -7,21 +7,34 @@ import enum
 import functools
 import json
 import math
+import operator
+import os
 import secrets
 from typing import TYPE_CHECKING, Any, NoReturn, Self
+
+from torch import nn
 
 from sentinel.audit import AlertEvent, Alerts, RoundAborted
 from sentinel.chunks import few_threads
 from sentinel.door import Door
-from sentinel.errors import MisuseError, RoundRefused, Withheld
+from sentinel.durable import storage
+from sentinel.errors import MisuseError, SentinelError, Withheld, unforeseen
 from sentinel.house import House
 from sentinel.mechanism import SystemEntropy
 from sentinel.policy import LoadedPolicy, load_policy
+from sentinel.policy.schema import NUM_EXAMPLES
 from sentinel.release import Decided, OpenRound, Released, release
 from sentinel.releases import RoundKey
 from sentinel.state import StateFolder
-from sentinel.terms import Reason, Verdict
-from sentinel.update import Kind, State, model_digest, require_state, shares_storage
+from sentinel.terms import Reason
+from sentinel.update import (
+    Kind,
+    State,
+    check_structure,
+    model_digest,
+    require_state,
+    shares_storage,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -30,7 +43,6 @@ if TYPE_CHECKING:
     from typing import TextIO
 
     import torch
-    from torch import nn
 
     from sentinel.detection import Inspection
 
@@ -82,22 +94,27 @@ class Guard:
             MisuseError: an argument that cannot be right.
             Withheld: the state folder, ledger or log cannot be trusted, or a detector is missing.
         """
-        loaded = policy if isinstance(policy, LoadedPolicy) else load_policy(policy)
-        _require_dataset(loaded, dataset)
         self._federation = _require_name(federation, "federation")
         self._run = _require_name(run, "run")
-        self._state = StateFolder(state_dir)
-        house = House(
-            policy=loaded,
-            ledger=self._state.ledger,
-            log=self._state.log,
-            releases=self._state.releases,
-            entropy=SystemEntropy,
-            clock=lambda: dt.datetime.now(dt.UTC),
-            process=secrets.token_hex(16),
-        )
-        self._door = Door(house, self._state, Alerts(alerts), inspects=not unsafe_skip_inspection)
-        self._door.start()
+        loaded = _require_policy(policy)
+        _require_dataset(loaded, dataset)
+        told = Alerts(alerts)
+        try:
+            self._state = StateFolder(state_dir)
+            house = House(
+                policy=loaded,
+                ledger=self._state.ledger,
+                log=self._state.log,
+                releases=self._state.releases,
+                entropy=SystemEntropy,
+                clock=lambda: dt.datetime.now(dt.UTC),
+                process=secrets.token_hex(16),
+            )
+            self._door = Door(house, self._state, told, inspects=not unsafe_skip_inspection)
+            self._door.start()
+        except Withheld as error:
+            told.send(AlertEvent.GUARD_NOT_STARTED, reason=error.reason)
+            raise
 
     @property
     def policy(self) -> LoadedPolicy:
@@ -124,12 +141,11 @@ class Guard:
         Raises:
             MisuseError: an argument that cannot be right.
         """
-        if isinstance(number, bool) or not isinstance(number, int):
-            raise MisuseError("The number of a round must be a whole number.")
-        if not 0 <= number <= _LARGEST_NUMBER:
-            raise MisuseError("The number of a round must be from 0 to 2**53.")
-        if patients is not None and (isinstance(patients, bool) or not isinstance(patients, int)):
-            raise MisuseError("patients must be a whole number.")
+        number = _require_whole(number, "The number of a round")
+        if patients is not None:
+            patients = _require_whole(patients, "patients")
+        if model is not None and not isinstance(model, nn.Module):
+            raise MisuseError("model must be a torch.nn.Module; pass the model itself.")
         require_state(global_state, "global_state")
         key = RoundKey(self._federation, self._run, number)
         return Round(self._door, key, global_state, model, patients)
@@ -166,12 +182,12 @@ class Guard:
         """The number after the last one; the last one again for the same global model."""
         counter = self._state.counter(self._federation, self._run)
         digest = model_digest(global_state)
-        with counter.locked():
-            number, seen = json.loads(counter.read() or '[-1, ""]')
+        with storage(), counter.locked():
+            number, seen = _counted(counter.read())
             if seen != digest:
                 number += 1
                 counter.write(json.dumps([number, digest]))
-        return int(number)
+        return number
 
 
 class _Stage(enum.Enum):
@@ -204,6 +220,7 @@ class Round:
         self._global_state = global_state
         self._model = model
         self._stage = _Stage.NEW
+        self._digest: str | None = None
         self._opened: OpenRound | None = None
         self._inspection: Inspection | None = None
         self._released: Released | None = None
@@ -232,13 +249,19 @@ class Round:
         """
         self._require(_Stage.NEW)
         try:
-            base = self._own_base()
-            with few_threads(base):
-                self._opened = self._open(base)
+            with storage():
+                base = self._own_base()
+                with few_threads(base):
+                    self._opened = self._open(base)
         except Withheld as error:
-            self._stage = _Stage.REFUSED
-            self._alert(AlertEvent.ROUND_REFUSED, error.reason)
+            self._refuse(error.reason)
             raise
+        except SentinelError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, the round is not opened
+            refusal = unforeseen(error)
+            self._refuse(refusal.reason)
+            raise refusal from None
         self._stage = _Stage.OPEN
         return self
 
@@ -255,7 +278,10 @@ class Round:
             self._stage = _Stage.TRAINED
             return
         self._stage = _Stage.ABORTED
-        self._door.house.write(RoundAborted, round=self.key.digest)
+        try:
+            self._door.house.write(RoundAborted, round=self.key.digest)
+        except Withheld as unwritten:  # the error of the block is the one to be seen
+            self._tell(AlertEvent.UPDATE_WITHHELD, unwritten.reason)
 
     def release(
         self, local_state: Mapping[str, torch.Tensor] | None = None, *, kind: Kind = "weights"
@@ -282,7 +308,7 @@ class Round:
             self._released = release(self._door.house, self._opened, local, kind)
         except Withheld as error:
             self._stage = _Stage.WITHHELD
-            self._alert(AlertEvent.UPDATE_WITHHELD, error.reason)
+            self._tell(AlertEvent.UPDATE_WITHHELD, error.reason)
             raise
         self._stage = _Stage.RELEASED
         return self._released.state
@@ -293,33 +319,36 @@ class Round:
         Under a promise `num-examples` is the public figure of the policy, whatever is passed.
 
         Raises:
-            MisuseError: a metric that may leave is no finite number.
+            MisuseError: the round has not been released, or a metric that may leave is no finite
+                number.
         """
+        self._require(_Stage.RELEASED)
         policy = self._door.house.rules
-        allowed = {name: value for name, value in values.items() if name in policy.limits.metrics}
-        for name, value in allowed.items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise MisuseError(f"Metric {name!r} must be a number.")
-            if not math.isfinite(value):
-                raise MisuseError(f"Metric {name!r} must be finite.")
-        if policy.privacy is not None and "num-examples" in allowed:
-            return (
-                {} if policy.privacy.patients is None else {"num-examples": policy.privacy.patients}
-            )
+        allowed = {
+            name: _require_number(value, name)
+            for name, value in values.items()
+            if name in policy.limits.metrics
+        }
+        if policy.privacy is not None and NUM_EXAMPLES in allowed:
+            public = policy.privacy.patients
+            return {} if public is None else {NUM_EXAMPLES: public}
         return allowed
 
     def _open(self, base: Mapping[str, torch.Tensor]) -> OpenRound:
         """Gate, inspect, judge, load."""
         door, model = self._door, self._model
-        digest = door.gate(self.key, base, self.patients)
+        if model is not None:
+            _require_fit(base, model)
+        self._digest = digest = door.gate(self.key, base, self.patients)
         self._inspection = door.inspect(self.key, base, model)
         suspicion, unhealthy = door.admit(self.key, digest, self._inspection)
-        self._load(base)
+        if model is not None:
+            model.load_state_dict(dict(base))
         return OpenRound(
             key=self.key,
             base=base,
             global_model=digest,
-            buffers=() if model is None else [name for name, _ in model.named_buffers()],
+            buffers=() if model is None else _buffers(model),
             patients=self.patients,
             suspicion=suspicion,
             unhealthy=unhealthy,
@@ -333,17 +362,6 @@ class Round:
             return dict(state)
         return {name: value.detach().clone() for name, value in state.items()}
 
-    def _load(self, base: Mapping[str, torch.Tensor]) -> None:
-        if self._model is None:
-            return
-        try:
-            self._model.load_state_dict(dict(base))
-        except RuntimeError:
-            raise RoundRefused(
-                Reason.STRUCTURE_MISMATCH,
-                "The global model does not fit the model of this site: names or shapes differ.",
-            ) from None
-
     def _local(
         self, local_state: Mapping[str, torch.Tensor] | None
     ) -> Callable[[], Mapping[str, torch.Tensor]]:
@@ -354,11 +372,6 @@ class Round:
         if local_state is None:
             raise MisuseError("The round has no model; hand the local state to release().")
         require_state(local_state, "local_state")
-        if shares_storage(self._global_state, local_state):
-            raise MisuseError(
-                "The local state lives in the memory of the global state, so that their difference "
-                "would be zero; train on a copy."
-            )
         return lambda: local_state
 
     def _require(self, *stages: _Stage) -> None:
@@ -366,11 +379,13 @@ class Round:
             expected = " or ".join(stage.value for stage in stages)
             raise MisuseError(f"The round is {self._stage.value}; expected: {expected}.")
 
-    def _alert(self, event: AlertEvent, reason: Reason) -> None:
-        fields: dict[str, Reason | Verdict | int] = {"reason": reason, "round": self.key.number}
-        if self._inspection is not None:
-            fields["verdict"] = self._inspection.verdict
-        self._door.alerts.send(event, **fields)
+    def _refuse(self, reason: Reason) -> None:
+        self._stage = _Stage.REFUSED
+        self._door.refuse(self.key, self._digest, self._inspection, reason)
+
+    def _tell(self, event: AlertEvent, reason: Reason) -> None:
+        verdict = None if self._inspection is None else self._inspection.verdict
+        self._door.tell(event, self.key, reason, verdict)
 
 
 def connect(address: str | Path) -> NoReturn:
@@ -397,3 +412,68 @@ def _require_dataset(loaded: LoadedPolicy, dataset: str | None) -> None:
             f"The policy is for the dataset {loaded.policy.dataset!r}; code may only repeat that "
             "name. Change the policy file to name another."
         )
+
+
+def _require_policy(policy: str | Path | LoadedPolicy) -> LoadedPolicy:
+    if isinstance(policy, LoadedPolicy):
+        return policy
+    if isinstance(policy, str | os.PathLike):
+        return load_policy(policy)
+    raise MisuseError(
+        "policy must be the name of a shipped policy, the path of a policy file, or what "
+        "load_policy gave."
+    )
+
+
+def _require_whole(value: object, what: str) -> int:
+    """A whole number from 0, also from numpy; a boolean or a decimal number is none."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise MisuseError(f"{what} must be a whole number; convert it with int(...).")
+    number = operator.index(value)
+    if not 0 <= number <= _LARGEST_NUMBER:
+        raise MisuseError(f"{what} must be a number from 0 to 2**53.")
+    return number
+
+
+def _require_number(value: object, name: str) -> float:
+    """A finite number; also of numpy, and a tensor of one value."""
+    refusal = MisuseError(f"Metric {name!r} must be a finite number.")
+    if isinstance(value, bool | str):
+        raise refusal
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        raise refusal from None
+    if not math.isfinite(number):
+        raise refusal
+    return value if isinstance(value, int) else number
+
+
+def _require_fit(base: Mapping[str, torch.Tensor], model: nn.Module) -> None:
+    """Refuse a global model that this site's model cannot take, before anything is loaded."""
+    own = model.state_dict()
+    check_structure(base, own)
+    if all(name.startswith("module.") for name in own) and not any(
+        name.startswith("module.") for name in base
+    ):
+        raise MisuseError("The model is wrapped (DataParallel?); pass model.module to the round.")
+
+
+def _buffers(model: nn.Module) -> list[str]:
+    """Every name of every buffer: one that several modules share has several."""
+    return [name for name, _ in model.named_buffers(remove_duplicate=False)]
+
+
+def _counted(text: str | None) -> tuple[int, str]:
+    """Number and digest of the last counted round."""
+    if text is None:
+        return -1, ""
+    try:
+        number, seen = json.loads(text)
+        return int(number), str(seen)
+    except (ValueError, TypeError):
+        raise Withheld(
+            Reason.STATE_UNSAFE,
+            "The counter of rounds cannot be read; put the state folder back as it was, or number "
+            "the rounds yourself with round_number=.",
+        ) from None

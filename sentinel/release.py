@@ -30,16 +30,17 @@ from sentinel.audit import (
 )
 from sentinel.audit.records import SCORE_STEPS
 from sentinel.chunks import one_thread, sum_of_squares
-from sentinel.errors import MisuseError, SentinelError, Withheld
-from sentinel.gate import gate, require_same_model, require_sound
+from sentinel.durable import storage
+from sentinel.errors import MisuseError, SentinelError, Withheld, unforeseen
+from sentinel.gate import gate, require_open, require_sound
 from sentinel.house import event_of, promise_of
 from sentinel.mechanism import GaussianMechanism
-from sentinel.mechanism.transform import transform_
+from sentinel.mechanism.transform import Transformed, transform_
 from sentinel.policy import decide, let_out
 from sentinel.privacy import Charge, Head
 from sentinel.privacy.ledger import GENESIS
 from sentinel.releases import Ending, Fate
-from sentinel.terms import Action, Evidence, Plan, Reason
+from sentinel.terms import Action, Evidence, Plan, Reason, Sharpness
 from sentinel.update import Kind, State, Update, model_digest
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ _FINAL = frozenset(
         Reason.TOO_SENSITIVE,
         Reason.WITHHELD_BY_RULE,
         Reason.NOTHING_LET_OUT,
+        Reason.INTERNAL_ERROR,
     }
 )
 
@@ -110,7 +112,12 @@ class Decided:
     evidence: Evidence
     score: SensitivityScore
     plan: Plan
-    clipped: bool
+    done: Transformed
+
+    @property
+    def clipped(self) -> bool:
+        """Whether a norm bound was reached."""
+        return self.done.clipped
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +151,7 @@ def release(
         Withheld: nothing leaves; the reason is recorded.
         MisuseError: a released round is asked for in another form.
     """
-    with house.releases.locked(opened.key), one_thread():
+    with storage(), house.releases.locked(opened.key), one_thread():
         try:
             require_sound(house)
             ending = house.releases.ending(opened.key)
@@ -157,7 +164,7 @@ def release(
         except SentinelError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, it withholds
-            withheld = _unexpected(error)
+            withheld = unforeseen(error)
             _record_withheld(house, opened, withheld.reason)
             raise withheld from None
 
@@ -166,8 +173,8 @@ def _first(
     house: House, opened: OpenRound, local: Callable[[], Mapping[str, torch.Tensor]], kind: Kind
 ) -> Released:
     gate(house, opened.patients)  # 0
-    update = _read(house, opened, local())  # 1
-    outgoing = _base_mechanism(house, update)  # 2
+    _require_unreleased(house, opened)
+    outgoing = _prepared(house, opened, local)  # 1 and 2
     spent = _charge(house, opened)  # 3
     score = opened.measure(outgoing.update.deltas)  # 4
     evidence = Evidence(
@@ -175,26 +182,52 @@ def _first(
     )
     plan = decide(house.rules, evidence)  # 5
     _require_release(house, evidence, plan)
-    state, clipped = _transform(house, outgoing, plan, kind)  # 6
-    decided = Decided(evidence, score, plan, clipped)
+    state, done = _transform(house, outgoing, plan, kind)  # 6
+    decided = Decided(evidence, score, plan, done)
     _record(house, opened, decided, state, kind)  # 7
     return Released(state, decided)  # 8
 
 
-def _read(house: House, opened: OpenRound, local: Mapping[str, torch.Tensor]) -> Update:
-    policy = house.rules
-    try:
-        return Update.from_states(
-            opened.base,
-            local,
-            buffers=opened.buffers,
-            statistics_as_parameters=policy.limits.statistics == "as-parameters",
-            let_out=lambda names: let_out(policy, names),
+def _require_unreleased(house: House, opened: OpenRound) -> None:
+    """Refuse a round that the log calls released, though the store of releases forgot it."""
+    key = opened.key.digest
+    if house.ledger.was_charged(key) and house.log.was_released(key):
+        raise Withheld(
+            Reason.ROUND_CLOSED,
+            "This round was released, and what was kept of it is gone; it is not made again.",
         )
+
+
+def _prepared(
+    house: House, opened: OpenRound, local: Callable[[], Mapping[str, torch.Tensor]]
+) -> Outgoing:
+    """Steps 1 and 2. A refusal that may depend on the update is charged like an answer about it."""
+    try:
+        return _base_mechanism(house, _read(house, opened, local()))
     except Withheld as error:
-        if error.reason is Reason.NOT_FINITE:  # the one bit outside a promise; charged like any
+        if error.reason is Reason.NOT_FINITE:
             _charge(house, opened)
         raise
+    except Exception:
+        _charge(house, opened)
+        raise
+
+
+def _read(house: House, opened: OpenRound, local: Mapping[str, torch.Tensor]) -> Update:
+    policy = house.rules
+    if model_digest(opened.base) != opened.global_model:
+        raise Withheld(
+            Reason.GLOBAL_MODEL_CHANGED,
+            "The received global state was changed during training, so that the update cannot be "
+            "told; train on a copy, and load it without `assign=True`.",
+        )
+    return Update.from_states(
+        opened.base,
+        local,
+        buffers=opened.buffers,
+        statistics_as_parameters=policy.limits.statistics == "as-parameters",
+        let_out=lambda names: let_out(policy, names),
+    )
 
 
 def _base_mechanism(house: House, update: Update) -> Outgoing:
@@ -220,7 +253,7 @@ def _charge(house: House, opened: OpenRound) -> float:
         event=event_of(policy),
         log_head=Head(0, GENESIS) if last is None else Head(last.seq, last.hash),
     )
-    house.ledger.charge(charge, promise)
+    house.ledger.charge(charge, promise, per_day=policy.limits.rounds_per_day)
     if promise is None:
         return 0.0
     return min(1.0, house.ledger.spent(policy.dataset, promise).epsilon / promise.epsilon)
@@ -253,7 +286,9 @@ def _without_sensitivity(evidence: Evidence) -> Evidence:
     )
 
 
-def _transform(house: House, outgoing: Outgoing, plan: Plan, kind: Kind) -> tuple[State, bool]:
+def _transform(
+    house: House, outgoing: Outgoing, plan: Plan, kind: Kind
+) -> tuple[State, Transformed]:
     update = outgoing.update
     done = transform_(
         update.deltas,
@@ -263,28 +298,31 @@ def _transform(house: House, outgoing: Outgoing, plan: Plan, kind: Kind) -> tupl
         base_std=outgoing.base_std,
         entropy=house.entropy(),
     )
-    return update.assemble(done.released, noised=done.noised, kind=kind), done.clipped
+    if not done.released:
+        raise Withheld(Reason.NOTHING_LET_OUT, "Every parameter that could leave is withheld.")
+    return update.assemble(done.released, noised=done.noised, kind=kind), done
 
 
 def _record(house: House, opened: OpenRound, decided: Decided, state: State, kind: Kind) -> None:
-    evidence, plan = decided.evidence, decided.plan
-    released = [name for name, t in plan.treatments.items() if t.action is Action.RELEASE]
+    evidence, done = decided.evidence, decided.done
     promised = house.rules.privacy is not None
     house.write(
         UpdateDecided,
         round=opened.key.digest,
         promised=promised,
         sensitivity=score_step(evidence.sensitivity),
-        with_reference=decided.score.sharpness == "reference",
+        sharpness=Sharpness(decided.score.sharpness),
         suspicion=score_step(evidence.suspicion),
         budget_spent=score_step(evidence.budget_spent),
         rules=tuple(
-            place for place, rule in enumerate(house.rules.rules) if rule.id in plan.decided_by
+            place
+            for place, rule in enumerate(house.rules.rules)
+            if rule.id in decided.plan.decided_by
         ),
-        released=len(released),
-        withheld=len(opened.base) - len(released),
-        coordinates=log2_bucket(sum(evidence.coordinates[name] for name in released)),
-        clipped=None if promised else decided.clipped,
+        released=len(done.released),
+        withheld=len(opened.base) - len(done.released),
+        coordinates=log2_bucket(sum(evidence.coordinates[name] for name in done.released)),
+        clipped=None if promised else done.clipped,
     )
     digest = model_digest(state)
     house.releases.store(opened.key, state)
@@ -292,16 +330,13 @@ def _record(house: House, opened: OpenRound, decided: Decided, state: State, kin
         opened.key, Ending(Fate.RELEASED, opened.global_model, released=digest, kind=kind)
     )
     house.write(UpdateReleased, round=opened.key.digest, released=digest)
+    if house.rules.limits.keep_releases is not None:
+        house.releases.keep_newest(house.rules.limits.keep_releases)
 
 
 def _again(house: House, opened: OpenRound, ending: Ending, kind: Kind) -> Released:
     """A round that has ended: the same answer, whatever the local state is now."""
-    require_same_model(ending, opened.global_model)
-    if ending.fate is Fate.WITHHELD:
-        raise Withheld(
-            ending.reason or Reason.ROUND_CLOSED,
-            "This round was withheld after its update was looked at; the answer stands.",
-        )
+    require_open(ending, opened.global_model)
     if ending.kind != kind:
         raise MisuseError(
             f"This round was released as {ending.kind!r}; ask for the same again, since a round is "
@@ -321,21 +356,3 @@ def _record_withheld(house: House, opened: OpenRound, reason: Reason) -> None:
         house.write(UpdateWithheld, round=opened.key.digest, reason=reason)
     except (OSError, Withheld):
         return
-
-
-def _unexpected(error: Exception) -> Withheld:
-    """An error nobody foresaw, without its text, which might hold values."""
-    if isinstance(error, OSError):
-        return Withheld(
-            Reason.STORAGE_FAILED,
-            "The state folder could not be written; check space and permissions.",
-        )
-    place = error.__traceback__
-    while place is not None and place.tb_next is not None:
-        place = place.tb_next
-    module = "?" if place is None else place.tb_frame.f_globals.get("__name__", "?")
-    line = 0 if place is None else place.tb_lineno
-    return Withheld(
-        Reason.INTERNAL_ERROR,
-        f"{type(error).__name__} at {module}:{line}; nothing was released. Please report it.",
-    )

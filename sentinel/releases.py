@@ -11,13 +11,14 @@ import enum
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import safetensors.torch
 from safetensors import SafetensorError
 
 from sentinel.durable import (
+    draft_of,
     locked,
     open_private,
     private_folder,
@@ -94,16 +95,7 @@ class Releases:
         Raises:
             Withheld: ROUND_CLOSED where the file cannot be read as an ending.
         """
-        path = self._path(key, "json")
-        if not path.exists():
-            return None
-        try:
-            found = json.loads(path.read_bytes())
-            reason = found.pop("reason")
-            fate = Fate(found.pop("fate"))
-            return Ending(fate=fate, reason=None if reason is None else Reason(reason), **found)
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise _closed("cannot be read, so it stays closed") from None
+        return _read_ending(self._path(key, "json"))
 
     def end(self, key: RoundKey, ending: Ending) -> None:
         """Write the fate of a round, durably."""
@@ -112,7 +104,7 @@ class Releases:
     def store(self, key: RoundKey, state: dict[str, torch.Tensor]) -> None:
         """Write what will be released, durably, without a copy in memory."""
         path = self._path(key, "safetensors")
-        draft = self._path(key, f"{os.getpid()}.draft")
+        draft = draft_of(path)
         os.close(open_private(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC))
         try:
             safetensors.torch.save_file(state, draft)
@@ -129,11 +121,8 @@ class Releases:
         """The stored tensors of a released round.
 
         Raises:
-            Withheld: ROUND_CLOSED where they were pruned, are missing, or are not what was
-                released.
+            Withheld: ROUND_CLOSED where they are missing, or are not what was released.
         """
-        if ending.fate is Fate.PRUNED:
-            raise _closed("was released and since removed from the store; it is not made again")
         try:
             state = safetensors.torch.load_file(self._path(key, "safetensors"))
         except (OSError, SafetensorError):
@@ -142,17 +131,45 @@ class Releases:
             raise _closed("was released, but the stored tensors were changed since")
         return state
 
+    def holds_any(self) -> bool:
+        """Whether any round has ended here."""
+        return next(self._folder.glob("*.json"), None) is not None
+
+    def keep_newest(self, count: int) -> None:
+        """Remove the tensors of all but the `count` newest releases; their tombstones stay."""
+        stored = sorted(
+            self._folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns
+        )
+        for path in stored[: max(0, len(stored) - count)]:
+            self._prune(path.with_suffix(".json"))
+
     def prune(self, key: RoundKey) -> None:
         """Remove the tensors of a released round; its tombstone stays and refuses."""
-        ending = self.ending(key)
+        self._prune(self._path(key, "json"))
+
+    def _prune(self, path: Path) -> None:
+        ending = _read_ending(path)
         if ending is None or ending.fate is not Fate.RELEASED:
             return
-        self.end(key, Ending(Fate.PRUNED, ending.global_model, ending.released, ending.kind))
-        self._path(key, "safetensors").unlink(missing_ok=True)
+        tombstone = replace(ending, fate=Fate.PRUNED)
+        replace_file(path, json.dumps(asdict(tombstone)).encode())
+        path.with_suffix(".safetensors").unlink(missing_ok=True)
         sync_folder(self._folder)
 
     def _path(self, key: RoundKey, suffix: str) -> Path:
         return self._folder / f"{key.digest}.{suffix}"
+
+
+def _read_ending(path: Path) -> Ending | None:
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_bytes())
+        reason = found.pop("reason")
+        fate = Fate(found.pop("fate"))
+        return Ending(fate=fate, reason=None if reason is None else Reason(reason), **found)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise _closed("cannot be read, so it stays closed") from None
 
 
 def _closed(problem: str) -> Withheld:

@@ -5,14 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sentinel.audit import AuditLog
-from sentinel.durable import locked, open_private, private_folder, replace_file
-from sentinel.errors import MisuseError
+from sentinel.durable import (
+    locked,
+    open_private,
+    private_folder,
+    remove_drafts,
+    replace_file,
+    storage,
+)
+from sentinel.errors import MisuseError, Withheld
 from sentinel.privacy import Ledger
 from sentinel.releases import Releases
+from sentinel.terms import Reason
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -42,20 +51,28 @@ class StateFolder:
         """Make or open the folder.
 
         Raises:
-            Withheld: STATE_UNSAFE, LEDGER_DAMAGED.
+            Withheld: STATE_UNSAFE, STORAGE_FAILED, LEDGER_DAMAGED.
         """
-        self.path = private_folder(Path(path) if path is not None else default_folder())
-        self.ledger = Ledger(self.path / _LEDGER)
-        self.log = AuditLog(self.path / _AUDIT)
-        self.releases = Releases(self.path / "releases")
-        self.references = private_folder(self.path / "references")
-        self._history = private_folder(self.path / "history")
+        with storage():
+            self.path = private_folder(_folder(path))
+            self.ledger = Ledger(self.path / _LEDGER)
+            self.log = AuditLog(self.path / _AUDIT)
+            self.releases = Releases(self.path / "releases")
+            self.references = private_folder(self.path / "references")
+            self._history = private_folder(self.path / "history")
+            for folder in ("releases", "references", "history"):
+                remove_drafts(self.path / folder, time.time())
 
     @classmethod
     def existing(cls, path: Path | str | None = None) -> StateFolder:
         """Open a folder that must be there already, for reading."""
         folder = Path(path) if path is not None else default_folder()
         if not (folder / _LEDGER).is_file():
+            if (folder / _AUDIT).is_dir():
+                raise Withheld(
+                    Reason.LEDGER_BEHIND_LOG,
+                    f"There is an audit log in {folder}, and its ledger is gone.",
+                )
             raise MisuseError(
                 f"There is no state in {folder}; name the folder that the guard uses with "
                 f"--state-dir or {ENVIRONMENT}."
@@ -80,6 +97,14 @@ class StateFolder:
         return SmallFile(self._history / f"{name}.{kind}.json")
 
 
+def _folder(path: Path | str | None) -> Path:
+    if path is None:
+        return default_folder()
+    if not isinstance(path, str | os.PathLike):
+        raise MisuseError("state_dir must be the path of a folder.")
+    return Path(path).expanduser()
+
+
 class SmallFile:
     """A small text about public things, replaced whole."""
 
@@ -97,8 +122,8 @@ class SmallFile:
             handle = open_private(self._path, os.O_RDONLY)
         except FileNotFoundError:
             return None
-        with os.fdopen(handle, encoding="utf-8") as file:
-            return file.read()
+        with os.fdopen(handle, "rb") as file:
+            return file.read().decode(errors="replace")
 
     def write(self, text: str) -> None:
         """Replace the text, durably."""

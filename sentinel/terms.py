@@ -56,6 +56,14 @@ class Verdict(enum.StrEnum):
     UNHEALTHY = "unhealthy"
 
 
+class Sharpness(enum.StrEnum):
+    """What a sensitivity score is relative to."""
+
+    REFERENCE = "reference"  # synthetic rounds through this very model
+    GENERIC = "generic"  # other models
+    BLIND = "blind"  # nothing: this model's updates do not tell few records from many
+
+
 class Weakness(enum.StrEnum):
     """A control that does not do its part, named in the start-up record."""
 
@@ -85,6 +93,7 @@ class Reason(enum.StrEnum):
     CRAFTED_MODEL = "crafted-model"
     UNHEALTHY_MODEL = "unhealthy-model"
     OTHER_GLOBAL_MODEL = "other-global-model"
+    GLOBAL_MODEL_CHANGED = "global-model-changed"
     ROUND_CLOSED = "round-closed"
     # The update (steps 1 and 5).
     STRUCTURE_MISMATCH = "structure-mismatch"

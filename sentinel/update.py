@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from sentinel.chunks import chunks
 from sentinel.errors import MisuseError, Withheld
@@ -106,6 +107,7 @@ class Update:
                 deltas[name], squares[name] = _difference(
                     name, local_state[name], global_state[name]
                 )
+        _require_measurable(squares)
         kept = {alias: name for alias, name in aliases.items() if alias in leaving}
         return cls(deltas, squares, kept, global_state, roles)
 
@@ -127,7 +129,8 @@ class Update:
             kind: "weights" (global + delta) or "delta".
 
         Returns:
-            The same names, shapes and dtypes as the global state, in memory of its own.
+            The same names, shapes, dtypes and devices as the global state, contiguous, in memory of
+            its own.
 
         Guarantees:
             Without noise, each value is rounded toward the global model's own, so that the
@@ -145,7 +148,7 @@ class Update:
             elif self.aliases.get(name) in released:
                 out[name] = out[self.aliases[name]].clone()
             else:
-                out[name] = base.detach().clone() if kind == "weights" else torch.zeros_like(base)
+                out[name] = _unchanged(base, kind)
         return out
 
     @staticmethod
@@ -162,7 +165,7 @@ def check_structure(
             raise _mismatch(name, "is not in the global model")
     for name, base in global_state.items():
         if name not in local_state:
-            raise _mismatch(name, "is missing from the local model")
+            raise _mismatch(name, "of the global model is missing from the local one")
         _check_entry(name, base)
         local = local_state[name]
         _check_entry(name, local)
@@ -175,6 +178,10 @@ def check_structure(
 def _check_entry(name: str, value: object) -> None:
     if not isinstance(value, torch.Tensor):
         raise _mismatch(name, "is no tensor; a state dict of tensors was expected")
+    if not name.isprintable():
+        raise _mismatch(name, "has a name that cannot be printed")
+    if is_lazy(value):
+        raise _mismatch(name, "has no shape yet; run the model once before the round")
     if value.layout is not torch.strided or value.is_quantized or value.is_meta:
         raise _mismatch(name, "is sparse, quantized or has no data; a dense tensor was expected")
     if value.dtype not in (*_FLOATS, *_WHOLE):
@@ -256,9 +263,29 @@ def _difference(name: str, local: torch.Tensor, base: torch.Tensor) -> tuple[tor
     return delta, square_sum
 
 
+def _require_measurable(squares: Mapping[str, float]) -> None:
+    """Refuse an update whose tensors are finite one by one, and not together."""
+    try:
+        math.fsum(squares.values())
+    except OverflowError:
+        raise Withheld(
+            Reason.NOT_FINITE,
+            "The update is too large to measure; nothing was released. Check the training step for "
+            "divergence.",
+        ) from None
+
+
+def _unchanged(base: torch.Tensor, kind: Kind) -> torch.Tensor:
+    """The global model's own value, or no change."""
+    whole = torch.contiguous_format
+    if kind == "delta":
+        return torch.zeros_like(base, memory_format=whole, requires_grad=False)
+    return base.detach().clone(memory_format=whole)
+
+
 def _combine(base: torch.Tensor, delta: torch.Tensor, *, nearest: bool, kind: Kind) -> torch.Tensor:
     """`base + delta` (or `delta` alone) in the dtype of `base`; reuses `delta` where it can."""
-    in_place = delta.dtype == base.dtype
+    in_place, device = delta.dtype == base.dtype, base.device
     out = delta if in_place else torch.empty(base.shape, dtype=base.dtype, device=delta.device)
     base = base.detach().to(delta.device).contiguous()
     largest = torch.finfo(base.dtype).max
@@ -270,7 +297,7 @@ def _combine(base: torch.Tensor, delta: torch.Tensor, *, nearest: bool, kind: Ki
             beyond = (value.double() - origin).abs() > wide.abs()
             value = torch.where(beyond, torch.nextafter(value, origin.to(base.dtype)), value)
         target.copy_(value)
-    return out if in_place else out.view(base.shape)
+    return out.view(base.shape).to(device)
 
 
 def shares_storage(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> bool:
@@ -314,4 +341,10 @@ def require_state(state: object, what: str) -> None:
     for name, value in state.items():
         if not isinstance(name, str):
             raise MisuseError(f"{what} has an entry whose name is no text; state dicts have names.")
+        if not isinstance(value, torch.Tensor):
+            raise MisuseError(
+                f"{what} must map names to tensors, and entry {name!r} is none. Of a checkpoint "
+                "pass the model's own state dict; turn numpy arrays into tensors with "
+                "torch.from_numpy."
+            )
         _check_entry(name, value)

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime as dt
 import json
 import math
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import sentinel
-from sentinel.audit import read_log
+from sentinel.audit import AuditLog, read_log
 from sentinel.errors import MisuseError, RoundRefused, Withheld
 from sentinel.privacy import Promise
 from sentinel.state import StateFolder
 from sentinel.terms import Adjacency, Reason, Unit, Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 PLAIN = """
 schema = 1
@@ -207,10 +212,8 @@ def test_after_pruning_a_tombstone_refuses(make_guard, tmp_path) -> None:
         train(model)
     rnd.release()
     StateFolder(tmp_path / "site").releases.prune(rnd.key)
-    with make_guard().round(1, start, model) as again:
-        pass
     with pytest.raises(Withheld) as caught:
-        again.release()
+        make_guard().round(1, start, model).__enter__()
     assert caught.value.reason is Reason.ROUND_CLOSED
 
 
@@ -246,10 +249,8 @@ def test_a_nan_is_withheld_charged_and_final(make_guard, tmp_path, capsys) -> No
     assert caught.value.reason is Reason.NOT_FINITE
     assert StateFolder(tmp_path / "site").ledger.head().seq == 1
     assert "reason=not-finite" in capsys.readouterr().err
-    with make_guard().round(1, start, model) as again:
-        train(model)
     with pytest.raises(Withheld, match="the answer stands"):
-        again.release()
+        make_guard().round(1, start, model).__enter__()
 
 
 def test_too_few_patients_and_a_missing_number_are_withheld_before_training(make_guard) -> None:
@@ -356,8 +357,6 @@ def test_without_a_model_the_local_state_is_handed_over(make_guard) -> None:
     with guard.round(1, start) as rnd:
         with pytest.raises(MisuseError, match="no model"):
             rnd.release()
-        with pytest.raises(MisuseError, match="memory of the global state"):
-            rnd.release(start)
         out = rnd.release({name: value + 1 for name, value in start.items()}, kind="delta")
     assert distance(out, {n: torch.zeros_like(v) for n, v in out.items()}) <= 0.5
 
@@ -396,16 +395,29 @@ def test_a_protected_function_trains_in_place_and_numbers_its_rounds(make_guard,
     assert numbers == [0, 0, 1, 77]
 
 
-def test_metrics_leave_only_where_the_policy_lists_them(make_guard) -> None:
-    guard = make_guard(PLAIN.replace("[[rule]]", '[limits]\nmetrics = ["num-examples"]\n[[rule]]'))
-    rnd = guard.round(1, state_of(net()))
+def test_metrics_leave_only_where_the_policy_lists_them_and_after_a_release(make_guard) -> None:
+    limits = '[limits]\nmetrics = ["num-examples"]\n[[rule]]'
+    start = state_of(net())
+
+    def released(guard: sentinel.Guard, number: int) -> sentinel.Round:
+        rnd = guard.round(number, start)
+        with pytest.raises(MisuseError, match="not entered yet"):
+            rnd.metrics({"num-examples": 12})
+        with rnd:
+            pass
+        rnd.release({name: value + 0.01 for name, value in start.items()})
+        return rnd
+
+    rnd = released(make_guard(PLAIN.replace("[[rule]]", limits)), 1)
     assert rnd.metrics({"num-examples": 12, "loss": 0.1}) == {"num-examples": 12}
-    with pytest.raises(MisuseError, match="finite"):
-        rnd.metrics({"num-examples": math.nan})
-    promised = make_guard(
-        SITE.replace("[[rule]]", '[limits]\nmetrics = ["num-examples"]\n[[rule]]')
+    assert rnd.metrics({"num-examples": torch.tensor(3)}) == {"num-examples": 3.0}
+    for bad in (math.nan, 10**400, "12", True):
+        with pytest.raises(MisuseError, match="finite"):
+            rnd.metrics({"num-examples": bad})
+    assert (
+        released(make_guard(SITE.replace("[[rule]]", limits)), 2).metrics({"num-examples": 12})
+        == {}
     )
-    assert promised.round(2, state_of(net())).metrics({"num-examples": 12}) == {}
 
 
 @pytest.mark.parametrize("number", [-1, 1.0, True, "1", 2**60])
@@ -553,3 +565,265 @@ def test_a_guarded_round_leaves_the_global_generators_as_they_were(make_guard) -
         outs.append(rnd.release())
         assert torch.equal(torch.get_rng_state(), before)
     assert distance(*outs) > 0.1
+
+
+@pytest.mark.parametrize("text", [PLAIN, SITE])
+@pytest.mark.parametrize("way", ["in place", "assign", "withheld head"])
+def test_a_global_state_that_training_changed_releases_nothing(
+    make_guard, tmp_path, text, way
+) -> None:
+    """Otherwise the difference would be measured from the trained weights, and they would leave."""
+    head = '[[rule]]\nid = "head"\nmatch = ["2.**"]\naction = "withhold"\n'
+    guard = make_guard(text + (head if way == "withheld head" else ""))
+    model = net()
+    received = state_of(model)
+    if way == "in place":
+        with guard.round(1, received) as rnd:
+            for value in received.values():
+                value.add_(5.0)
+        local = {name: value.clone() for name, value in received.items()}
+    else:
+        with guard.round(1, received, model) as rnd:
+            if way == "assign":
+                model.load_state_dict(received, assign=True)
+            else:
+                received["2.weight"].mul_(0.5)
+            train(model, step=5.0)
+        local = None
+    with pytest.raises(Withheld) as caught:
+        rnd.release(local)
+    assert caught.value.reason is Reason.GLOBAL_MODEL_CHANGED
+    assert "update.released" not in records(tmp_path)
+
+
+def test_guards_that_race_for_the_last_round_of_the_day_release_it_once(make_guard) -> None:
+    text = PLAIN.replace("[[rule]]", "[limits]\nrounds_per_day = 1\n[[rule]]")
+    start = state_of(net())
+    rounds = [make_guard(text, run=f"run-{number}").round(1, start) for number in range(3)]
+    for rnd in rounds:
+        rnd.__enter__()
+    outcomes = []
+    for rnd in rounds:
+        try:
+            rnd.release({name: value + 0.01 for name, value in start.items()})
+            outcomes.append("released")
+        except Withheld as error:
+            outcomes.append(str(error.reason))
+    assert sorted(outcomes) == ["rate-limited", "rate-limited", "released"]
+
+
+def test_an_update_too_large_to_measure_is_charged_and_final_under_a_promise(
+    make_guard, tmp_path
+) -> None:
+    start = {name: torch.zeros(3, dtype=torch.float64) for name in "ab"}
+    with make_guard(SITE).round(1, start) as rnd:
+        pass
+    with pytest.raises(Withheld) as caught:
+        rnd.release({name: torch.full((3,), 7e153, dtype=torch.float64) for name in "ab"})
+    assert caught.value.reason is Reason.NOT_FINITE
+    assert StateFolder(tmp_path / "site").ledger.head().seq == 1
+    with pytest.raises(Withheld, match="the answer stands"):
+        make_guard(SITE).round(1, start).__enter__()
+
+
+def test_an_unforeseen_error_before_the_charge_is_charged_and_closes_the_round(
+    make_guard, tmp_path, monkeypatch
+) -> None:
+    start = state_of(net())
+    with make_guard(SITE).round(1, start) as rnd:
+        pass
+
+    def breaks(*_: object, **__: object) -> None:
+        raise RuntimeError("7.25")
+
+    monkeypatch.setattr("sentinel.mechanism.gaussian.add_noise_", breaks)
+    with pytest.raises(Withheld) as caught:
+        rnd.release({name: value + 1 for name, value in start.items()})
+    monkeypatch.undo()
+    assert caught.value.reason is Reason.INTERNAL_ERROR
+    assert "7.25" not in str(caught.value)
+    assert StateFolder(tmp_path / "site").ledger.head().seq == 1
+    with pytest.raises(Withheld):
+        make_guard(SITE).round(1, start).__enter__()
+
+
+@pytest.mark.parametrize("removed", ["ledger and log", "releases"])
+def test_state_that_was_removed_in_part_releases_nothing_again(
+    make_guard, tmp_path, removed
+) -> None:
+    start = state_of(net())
+    with make_guard(NOISY).round(1, start) as rnd:
+        pass
+    rnd.release({name: value + 0.01 for name, value in start.items()})
+    site = tmp_path / "site"
+    if removed == "releases":
+        shutil.rmtree(site / "releases")
+        with make_guard(NOISY).round(1, start) as again:
+            pass
+        with pytest.raises(Withheld) as caught:
+            again.release({name: value + 0.01 for name, value in start.items()})
+        assert caught.value.reason is Reason.ROUND_CLOSED
+        return
+    shutil.rmtree(site / "audit")
+    for path in site.glob("ledger*"):
+        path.unlink()
+    with pytest.raises(Withheld) as caught:
+        make_guard(NOISY)
+    assert caught.value.reason is Reason.LEDGER_BEHIND_LOG
+
+
+def test_a_log_rewritten_whole_is_seen_by_the_guard(make_guard, tmp_path) -> None:
+    start = state_of(net())
+    guard = make_guard()
+    for number in range(2):
+        with guard.round(number, start) as rnd:
+            pass
+        rnd.release({name: value + 0.01 for name, value in start.items()})
+    folder = tmp_path / "site" / "audit"
+    entries = [entry.record for entry in read_log(folder)]
+    (folder / "audit.jsonl").unlink()
+    log = AuditLog(folder)
+    for record in entries:
+        log.append(lambda record=record: record.model_copy(update={"at": record.at + 1}))
+    with pytest.raises(Withheld) as caught:
+        make_guard()
+    assert caught.value.reason is Reason.LOG_DAMAGED
+
+
+def test_an_expired_policy_stays_expired_when_the_clock_is_put_back(
+    make_guard, monkeypatch
+) -> None:
+    tomorrow = (dt.datetime.now(dt.UTC) + dt.timedelta(days=1)).date()
+    make_guard()  # writes a record of today
+    text = PLAIN.replace("schema = 1", f"schema = 1\nexpires = {tomorrow - dt.timedelta(days=2)}")
+    guard = make_guard(text)
+    house = guard._door.house
+    early = replace(house, clock=lambda: dt.datetime(2020, 1, 1, tzinfo=dt.UTC))
+    monkeypatch.setattr(guard._door, "house", early)
+    with pytest.raises(Withheld) as caught:
+        guard.round(1, state_of(net())).__enter__()
+    assert caught.value.reason is Reason.POLICY_EXPIRED
+
+
+def test_a_refusal_at_the_gate_is_recorded_and_alerted(make_guard, tmp_path, capsys) -> None:
+    guard = make_guard(PLAIN.replace("[[rule]]", "[limits]\nmin_patients = 9\n[[rule]]"))
+    with pytest.raises(Withheld):
+        guard.round(5, state_of(net()), patients=3).__enter__()
+    refused = list(read_log(tmp_path / "site" / "audit"))[-1].record
+    assert (refused.type, refused.number, refused.verdict) == ("round.refused", 5, None)
+    assert refused.reason is Reason.TOO_FEW_PATIENTS
+    assert "reason=too-few-patients round=5" in capsys.readouterr().err
+
+
+def test_a_guard_that_cannot_start_says_so_in_an_alert(make_guard, tmp_path, capsys) -> None:
+    (tmp_path / "site").write_text("a file in the place of the folder")
+    with pytest.raises(Withheld) as caught:
+        make_guard()
+    assert caught.value.reason is Reason.STATE_UNSAFE
+    assert 'event="guard not started" reason=state-unsafe' in capsys.readouterr().err
+
+
+def test_a_buffer_that_modules_share_stays_under_each_of_its_names(make_guard) -> None:
+    class Shares(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+            self.register_buffer("stat", torch.zeros(3))
+            self.child = nn.Module()
+            self.child.register_buffer("stat", self.stat)
+
+    model = Shares()
+    start = state_of(model)
+    with make_guard().round(1, start, model) as rnd, torch.no_grad():
+        model.stat.add_(1.0)
+        model.layer.weight.add_(0.01)
+    out = rnd.release()
+    assert torch.equal(out["stat"], start["stat"])
+    assert torch.equal(out["child.stat"], start["child.stat"])
+    assert not torch.equal(out["layer.weight"], start["layer.weight"])
+
+
+def test_a_model_that_does_not_fit_is_refused_by_name_and_left_as_it_is(make_guard) -> None:
+    model = net()
+    before = state_of(model)
+    other = {**before, "0.weight": torch.zeros(7, 6)}
+    with pytest.raises(Withheld, match=r"'0\.weight'") as caught:
+        make_guard().round(1, other, model).__enter__()
+    assert caught.value.reason is Reason.STRUCTURE_MISMATCH
+    assert distance(state_of(model), before) == 0.0
+    whole_numbers = {**before, "0.bias": torch.zeros(32, dtype=torch.int64)}
+    with pytest.raises(Withheld, match="kind of dtype"):
+        make_guard().round(2, whole_numbers, model).__enter__()
+
+
+def test_a_log_that_cannot_be_written_does_not_hide_the_error_of_the_block(
+    make_guard, monkeypatch
+) -> None:
+    rnd = make_guard().round(1, state_of(net()))
+    rnd.__enter__()
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sentinel.audit.log.os.write", full)
+    with pytest.raises(ZeroDivisionError), rnd_block(rnd):
+        raise ZeroDivisionError
+
+
+@contextlib.contextmanager
+def rnd_block(rnd: sentinel.Round) -> Iterator[None]:
+    """The rest of a `with` block that has been entered already."""
+    try:
+        yield
+    except BaseException as error:
+        rnd.__exit__(type(error), error, error.__traceback__)
+        raise
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"policy": None},
+        {"policy": 3},
+        {"policy": {}},
+        {"state_dir": 3},
+        {"federation": ""},
+        {"run": "a\nb"},
+    ],
+)
+def test_arguments_that_cannot_be_right_are_misuse(tmp_path, wrong) -> None:
+    with pytest.raises(MisuseError):
+        sentinel.Guard(**{"policy": "baseline", "state_dir": tmp_path / "s", **wrong})
+
+
+def test_a_model_that_is_none_is_misuse_and_a_number_of_numpy_is_a_number(make_guard) -> None:
+    guard = make_guard()
+    with pytest.raises(MisuseError, match=r"torch\.nn\.Module"):
+        guard.round(1, state_of(net()), nn.Linear)
+    assert guard.round(np.int64(4), state_of(net()), patients=np.int32(9)).key.number == 4
+
+
+def test_releases_are_pruned_as_the_policy_says(make_guard, tmp_path) -> None:
+    guard = make_guard(PLAIN.replace("[[rule]]", "[limits]\nkeep_releases = 2\n[[rule]]"))
+    start = state_of(net())
+    for number in range(4):
+        with guard.round(number, start) as rnd:
+            pass
+        rnd.release({name: value + 0.01 for name, value in start.items()})
+    assert len(list((tmp_path / "site" / "releases").glob("*.safetensors"))) == 2
+    with pytest.raises(Withheld) as caught:
+        guard.round(0, start).__enter__()
+    assert caught.value.reason is Reason.ROUND_CLOSED
+
+
+def test_a_tied_parameter_that_a_rule_withholds_is_not_called_released(make_guard) -> None:
+    rule = (
+        '[[rule]]\nid = "tight"\nwhen = { sensitivity = 0.0 }\nmatch = ["a"]\naction = "withhold"\n'
+    )
+    start = {"a": torch.zeros(3), "b": torch.zeros(3)}
+    with make_guard(PLAIN + rule).round(1, start) as rnd:
+        pass
+    shared = torch.full((3,), 0.01)
+    with pytest.raises(Withheld) as caught:
+        rnd.release({"a": shared, "b": shared})
+    assert caught.value.reason is Reason.NOTHING_LET_OUT

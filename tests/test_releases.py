@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -53,7 +54,7 @@ def test_no_ending_before_there_is_one(tmp_path: Path) -> None:
     assert Releases(tmp_path / "r").ending(KEY) is None
 
 
-@pytest.mark.parametrize("damage", ["changed", "removed", "pruned"])
+@pytest.mark.parametrize("damage", ["changed", "removed"])
 def test_what_cannot_be_given_again_is_refused_not_made_again(tmp_path: Path, damage: str) -> None:
     releases, ending = release(tmp_path / "r")
     path = next((tmp_path / "r").glob("*.safetensors"))
@@ -61,16 +62,26 @@ def test_what_cannot_be_given_again_is_refused_not_made_again(tmp_path: Path, da
         content = bytearray(path.read_bytes())
         content[-1] ^= 1
         path.write_bytes(content)
-    elif damage == "removed":
-        path.unlink()
     else:
-        releases.prune(KEY)
-        ending = releases.ending(KEY)
-        assert ending.fate is Fate.PRUNED
-        assert not path.exists()
+        path.unlink()
     with pytest.raises(Withheld) as caught:
         releases.load(KEY, ending)
     assert caught.value.reason is Reason.ROUND_CLOSED
+
+
+def test_only_the_newest_releases_are_kept_and_tombstones_of_the_others(tmp_path: Path) -> None:
+    releases = Releases(tmp_path / "r")
+    assert not releases.holds_any()
+    keys = [RoundKey("f", "r", number) for number in range(4)]
+    for at, key in enumerate(keys):
+        releases.store(key, STATE)
+        releases.end(key, Ending(Fate.RELEASED, "g" * 64, model_digest(STATE)))
+        os.utime(tmp_path / "r" / f"{key.digest}.safetensors", (at, at))
+    releases.keep_newest(2)
+    fates = [releases.ending(key).fate for key in keys]
+    assert fates == [Fate.PRUNED, Fate.PRUNED, Fate.RELEASED, Fate.RELEASED]
+    assert len(list((tmp_path / "r").glob("*.safetensors"))) == 2
+    assert releases.holds_any()
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"fate": "sold"}', '{"reason": null, "x": 1}'])

@@ -248,7 +248,37 @@ def test_shared_storage_is_seen_through_views() -> None:
     assert not shares_storage({"a": torch.zeros(0)}, {"b": torch.zeros(0)})
 
 
-@pytest.mark.parametrize("state", [None, {}, [], {1: torch.zeros(1)}])
+@pytest.mark.parametrize("kind", ["weights", "delta"])
+def test_what_goes_back_unchanged_is_contiguous(kind: str) -> None:
+    """Tensors that are stored as they lie could not be written to disk."""
+    base = {
+        "conv": torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last),
+        "index": torch.arange(6).view(2, 3).t(),
+        "w": torch.zeros(2),
+    }
+    update = update_of(base, {**base, "w": torch.ones(2)})
+    out = update.assemble(["w"], kind=kind)
+    assert all(value.is_contiguous() for value in out.values())
+    if kind == "weights":
+        assert torch.equal(out["conv"], base["conv"])
+
+
+def test_tensors_that_are_finite_one_by_one_and_not_together_are_refused() -> None:
+    base = {name: torch.zeros(2, dtype=torch.float64) for name in "ab"}
+    local = {name: torch.full((2,), 7e153, dtype=torch.float64) for name in "ab"}
+    with pytest.raises(Withheld) as caught:
+        update_of(base, local)
+    assert caught.value.reason is Reason.NOT_FINITE
+
+
+def test_a_name_that_cannot_be_printed_is_refused() -> None:
+    state = {"a\ud800": torch.zeros(1)}
+    with pytest.raises(Withheld) as caught:
+        update_of(state, state)
+    assert caught.value.reason is Reason.STRUCTURE_MISMATCH
+
+
+@pytest.mark.parametrize("state", [None, {}, [], {1: torch.zeros(1)}, {"model": {}}])
 def test_what_is_no_state_dict_is_misuse(state: object) -> None:
     with pytest.raises(MisuseError, match="state"):
         require_state(state, "global_state")

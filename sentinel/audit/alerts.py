@@ -6,6 +6,7 @@ else can be written: a field or a value that is not on the list raises before a 
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import sys
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ class AlertEvent(enum.StrEnum):
     ROUND_REFUSED = "round refused"
     UPDATE_WITHHELD = "update withheld"
     CONTROL_WEAKENED = "control weakened"
+    GUARD_NOT_STARTED = "guard not started"
 
 
 _ALLOWED: dict[str, type] = {
@@ -52,8 +54,9 @@ class Alerts:
         )
 
     def send(self, event: AlertEvent, **fields: Reason | Verdict | Weakness | int) -> None:
-        """Write one alert."""
-        self._log.msg(event, **fields)
+        """Write one alert; a stream that is closed or full keeps no refusal from being raised."""
+        with contextlib.suppress(OSError, ValueError):
+            self._log.msg(event, **fields)
 
 
 def _allow_listed(

@@ -14,7 +14,13 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sentinel.audit.records import LogRecovered, Record, log2_bucket, record_from_json
+from sentinel.audit.records import (
+    LogRecovered,
+    Record,
+    UpdateReleased,
+    log2_bucket,
+    record_from_json,
+)
 from sentinel.durable import locked, open_private, private_folder, sync_folder
 from sentinel.errors import Withheld
 from sentinel.terms import Reason
@@ -74,9 +80,34 @@ class AuditLog:
             ) from error
 
     def last(self) -> Entry | None:
-        """The last whole record; None where the log is empty."""
-        line, _ = _tail(self._path)
+        """The last record that was acknowledged; None where the log is empty."""
+        with locked(self._lock):
+            line, _ = _tail(self._path)
         return None if line is None else _entry(line)
+
+    def hash_at(self, seq: int) -> str | None:
+        """The hash of one record; None where there is none. Reads from the end, so recent is quick.
+
+        Raises:
+            Withheld: LOG_DAMAGED where a line on the way cannot be read.
+        """
+        if seq == 0:
+            return GENESIS
+        with locked(self._lock):
+            for line in _lines_backwards(self._path):
+                entry = _entry(line)
+                if entry.seq == seq:
+                    return entry.hash
+                if entry.seq < seq:
+                    return None
+        return None
+
+    def was_released(self, round_key: str) -> bool:
+        """Whether the log says that a round was released. Reads the whole log."""
+        return any(
+            isinstance(entry.record, UpdateReleased) and entry.record.round == round_key
+            for entry in read_log(self._path.parent, torn_end=True)
+        )
 
     def _append(self, record: Record) -> Entry:
         created = not self._path.exists()
@@ -95,11 +126,12 @@ class AuditLog:
         return entry
 
 
-def read_log(folder: Path) -> Iterator[Entry]:
+def read_log(folder: Path, *, torn_end: bool = False) -> Iterator[Entry]:
     """Every record in order, the chain checked.
 
     Args:
         folder: the log's folder.
+        torn_end: pass over a last line that a crash cut short: it was never acknowledged.
 
     Raises:
         Withheld: LOG_DAMAGED at the first line that was changed, removed, added or cut short, with
@@ -113,7 +145,12 @@ def read_log(folder: Path) -> Iterator[Entry]:
         for line in file:
             seq += 1
             if not line.endswith(b"\n"):
-                raise _damaged(f"line {seq} was cut short")
+                if torn_end:
+                    return
+                raise _damaged(
+                    f"line {seq} was cut short (by a crash, if it is the last; the guard then "
+                    "drops it with its next record)"
+                )
             entry = _entry(line[:-1])
             if entry.seq != seq or entry.previous != previous:
                 raise _damaged(f"line {seq} does not follow the line before it")
@@ -180,6 +217,27 @@ def _tail(path: Path) -> tuple[bytes | None, int]:
             raise _damaged("its end is no record")
         return None, len(torn)
     return whole.rpartition(b"\n")[2], len(torn)
+
+
+def _lines_backwards(path: Path) -> Iterator[bytes]:
+    """Whole lines, the last one first, without their newlines; a torn end is passed over."""
+    if not path.exists():
+        return
+    handle = open_private(path, os.O_RDONLY)
+    try:
+        end, rest = os.fstat(handle).st_size, b""
+        while end > 0:
+            start = max(0, end - _TAIL)
+            block = os.pread(handle, end - start, start) + rest
+            first, *lines = block.split(b"\n")
+            if end == os.fstat(handle).st_size:
+                lines = lines[:-1]  # after the last newline: nothing, or a torn line
+            yield from reversed(lines)
+            end, rest = start, first
+        if rest:
+            yield rest
+    finally:
+        os.close(handle)
 
 
 def _recovered(record: Record, torn: int) -> LogRecovered:

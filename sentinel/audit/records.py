@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from sentinel.terms import Reason, Verdict, Weakness
+from sentinel.terms import Reason, Sharpness, Verdict, Weakness
 
 SCORE_STEPS = 20  # scores are logged in twentieths
 
@@ -87,14 +87,14 @@ class RoundOpened(Record):
 
 
 class RoundRefused(Record):
-    """A global model was inspected, and the policy refuses to train on it."""
+    """A round was refused before training; verdict and suspicion only where it was inspected."""
 
     type: Literal["round.refused"] = "round.refused"
     round: Digest
     number: Seq
-    global_model: Digest
-    verdict: Verdict
-    suspicion: Score
+    global_model: Digest | None
+    verdict: Verdict | None
+    suspicion: Score | None
     reason: Reason
 
 
@@ -117,7 +117,7 @@ class UpdateDecided(Record):
     round: Digest
     promised: bool
     sensitivity: Annotated[Score, FromData()]
-    with_reference: bool  # whether the score is relative to this very model, hence sharper
+    sharpness: Sharpness
     suspicion: Score
     budget_spent: Score
     rules: Annotated[tuple[Index, ...], Field(max_length=256), FromData()]  # places in the policy

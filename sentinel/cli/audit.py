@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import itertools
+import re
 from collections import deque
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,9 +35,14 @@ def show(
 ) -> None:
     """Print the last records, oldest first, one line each."""
     from sentinel.audit import read_log
+    from sentinel.audit.records import RECORD_TYPES
+    from sentinel.errors import MisuseError
     from sentinel.state import StateFolder
 
-    entries = read_log(StateFolder.existing(state_dir).audit)
+    known = sorted(str(record.model_fields["type"].default) for record in RECORD_TYPES)
+    if only is not None and only not in known:
+        raise MisuseError(f"There is no record of type {only!r}; there are {', '.join(known)}.")
+    entries = read_log(StateFolder.existing(state_dir).audit, torn_end=True)
     wanted = (entry for entry in entries if only in (None, entry.record.model_dump()["type"]))
     shown = deque(wanted, maxlen=last)
     if as_json:
@@ -58,12 +64,17 @@ def verify(
 ) -> None:
     """Check every record, the chain of hashes, and the ledger that it names."""
     from sentinel.audit import read_log, verify_log
-    from sentinel.errors import Withheld
+    from sentinel.errors import MisuseError, Withheld
+    from sentinel.gate import require_sound
     from sentinel.state import StateFolder
     from sentinel.terms import Reason
 
+    if since is not None and not re.fullmatch(f"[0-9a-f]{{{_DIGEST}}}", since):
+        raise MisuseError("--since takes a head as `audit verify` prints it: 64 hex digits.")
     state = StateFolder.existing(state_dir)
-    found = verify_log(state.audit, state.ledger.hash_at)
+    noted = [(row.log_head.seq, row.log_head.hash) for row in state.ledger.rows()]
+    found = verify_log(state.audit, state.ledger.hash_at, noted)
+    require_sound(state)
     if since is not None and not any(entry.hash == since for entry in read_log(state.audit)):
         raise Withheld(
             Reason.LOG_DAMAGED,

@@ -36,10 +36,12 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show the charges per dataset and, with a policy, what is spent and left of its promise."""
+    from sentinel.gate import require_sound
     from sentinel.policy import load_policy
     from sentinel.state import StateFolder
 
     state = StateFolder.existing(state_dir)
+    require_sound(state)
     rules = load_policy(policy).policy if policy is not None else None
     report = {
         "datasets": _datasets(state.ledger.rows(dataset)),

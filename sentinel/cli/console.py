@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,6 +73,14 @@ def progress(title: str) -> Iterator[Callable[[int, int], None]]:
             bar.update(task, completed=done, total=total)
 
         yield step
+
+
+@contextmanager
+def working(title: str) -> Iterator[None]:
+    """A spinner for work without a known end; silent where standard error is no terminal."""
+    screen = Console(stderr=True)
+    with screen.status(title) if screen.is_terminal else nullcontext():
+        yield
 
 
 def read_tensors(path: Path, what: str) -> dict[str, Any]:

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sentinel.cli.console import AsJson, StateDir, console, print_json, read_tensors
+from sentinel.cli.console import (
+    REFUSED,
+    AsJson,
+    StateDir,
+    console,
+    print_json,
+    read_tensors,
+    say_error,
+    working,
+)
+from sentinel.errors import MisuseError
 
 if TYPE_CHECKING:
     from sentinel.update import State
@@ -47,15 +57,24 @@ def sanitize_command(
     """
     from sentinel.guard import Guard
 
+    _require_writable(out, update, base)
     global_state = read_tensors(base, "the global model")
     local_state = read_tensors(update, "the model after training")
     if round_number is None:
         run, round_number = f"{run}/{secrets.token_hex(16)}", 0
-    guard = Guard(policy, state_dir, federation=federation, run=run)
-    with guard.round(round_number, global_state, patients=patients) as rnd:
-        pass
-    released = rnd.release(local_state, kind=kind.value)
-    write_tensors(out, released)
+    with working("inspecting, measuring, sanitizing"):
+        guard = Guard(policy, state_dir, federation=federation, run=run)
+        with guard.round(round_number, global_state, patients=patients) as rnd:
+            pass
+        released = rnd.release(local_state, kind=kind.value)
+    try:
+        write_tensors(out, released)
+    except OSError:
+        say_error(
+            f"{out} could not be written. The round was released; ask for the same bytes again "
+            f"with --round {round_number} --run {run}."
+        )
+        raise typer.Exit(REFUSED) from None
     decided = rnd.decided
     summary = {
         "out": str(out),
@@ -72,6 +91,16 @@ def sanitize_command(
         print_json(summary)
         return
     _tell(summary)
+
+
+def _require_writable(out: Path, *inputs: Path) -> None:
+    """Refuse an output that cannot work, before anything is charged."""
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise MisuseError(f"{out} must be a file in a folder that is there.")
+    if not os.access(out.absolute().parent, os.W_OK):
+        raise MisuseError(f"The folder of {out} cannot be written.")
+    if any(out.exists() and path.exists() and out.samefile(path) for path in inputs):
+        raise MisuseError(f"{out} is one of the inputs; name another file.")
 
 
 def _tell(summary: dict[str, Any]) -> None:
@@ -93,9 +122,9 @@ def write_tensors(path: Path, state: State) -> None:
     """Write safetensors so that `path` is whole or untouched, readable by its owner alone."""
     import safetensors.torch
 
-    from sentinel.durable import open_private, sync_file
+    from sentinel.durable import draft_of, open_private, sync_file
 
-    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
+    draft = draft_of(path)
     os.close(open_private(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
     try:
         safetensors.torch.save_file(state, draft)

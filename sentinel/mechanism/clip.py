@@ -5,20 +5,28 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-    import torch
 
 # Scaling rounds each float32 value by up to 2^-24 of itself; aiming this far below the bound keeps
 # the norm of the rounded values under it.
 _ROUNDING = 1.0 - 2.0**-22
+_SMALLEST = 2.0**-100
 
 
 def limit_(tensor: torch.Tensor, max_abs: float) -> None:
-    """Bound every coordinate to [-max_abs, max_abs], in place."""
-    if math.isfinite(max_abs):
-        tensor.clamp_(-max_abs, max_abs)
+    """Bound every coordinate to [-max_abs, max_abs], in place.
+
+    The bound is rounded down to the dtype of the tensor, so that no coordinate exceeds it.
+    """
+    if not math.isfinite(max_abs):
+        return
+    bound = torch.tensor(max_abs, dtype=tensor.dtype)
+    if float(bound) > max_abs:
+        bound = torch.nextafter(bound, torch.zeros_like(bound))
+    tensor.clamp_(-float(bound), float(bound))
 
 
 def clip_factor(squares: Iterable[float], max_norm: float) -> float:
@@ -40,6 +48,7 @@ def clip_factor(squares: Iterable[float], max_norm: float) -> float:
         | norm        | factor |
         |-------------|--------|
         | 0           | 1      |
+        | 2^100 times the bound, and more | 0: the products would leave float32's range |
         | NaN, Inf    | error  |
         | no tensors  | 1      |
     """
@@ -49,7 +58,10 @@ def clip_factor(squares: Iterable[float], max_norm: float) -> float:
     if not math.isfinite(norm):
         raise ValueError("the norm to clip is not finite; check the update first")
     target = max_norm * _ROUNDING
-    return 1.0 if norm <= target else target / norm
+    if norm <= target:
+        return 1.0
+    factor = target / norm
+    return factor if factor > _SMALLEST else 0.0
 
 
 def clip_to(max_norm: float, tensors: Iterable[torch.Tensor], squares: Iterable[float]) -> float:

@@ -40,8 +40,9 @@ class GaussianMechanism:
     ) -> None:
         """Clip and noise `deltas` in place; `squares` are their sums of squares."""
         coordinates = sum(delta.numel() for delta in deltas.values())
-        step = grid_step(self.clip_norm, coordinates)
+        std = self.clip_norm * self.noise_multiplier
+        step = grid_step(self.clip_norm, coordinates, std)
         tightened = self.clip_norm - rounding_reach(step, coordinates)
         clip_to(tightened, deltas.values(), squares.values())
         for delta in deltas.values():
-            add_noise_(delta, self.clip_norm * self.noise_multiplier, step, entropy)
+            add_noise_(delta, std, step, entropy)

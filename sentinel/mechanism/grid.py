@@ -5,22 +5,24 @@ from __future__ import annotations
 import math
 
 
-def grid_step(max_norm: float, coordinates: int) -> float:
+def grid_step(max_norm: float, coordinates: int, std: float = math.inf) -> float:
     """The rounding step for a clipped vector.
 
     Args:
         max_norm: L2 bound C of the vector, greater than 0.
         coordinates: number D of values in it.
+        std: standard deviation of the noise that will be added, greater than 0.
 
     Returns:
-        The largest power of two g with g * sqrt(D) / 2 <= 2^-12 * C. Rounding every coordinate to
-        a multiple of g moves the vector by at most that much.
+        The largest power of two g with g * sqrt(D) / 2 <= 2^-12 * C and g <= std / 4. Rounding
+        every coordinate to a multiple of g moves the vector by at most g * sqrt(D) / 2.
 
     Why: on multiples of g, the sum of a value and of noise that was itself rounded to g is what
     rounding (value + ideal noise) gives, so the release is post-processing of the Gaussian
     mechanism, and where the result lies says nothing about the value (Mironov 2012).
     """
-    return 2.0 ** math.floor(math.log2(max_norm * 2.0**-11 / math.sqrt(max(coordinates, 1))))
+    largest = min(max_norm * 2.0**-11 / math.sqrt(max(coordinates, 1)), std / 4)
+    return 2.0 ** math.floor(math.log2(largest))
 
 
 def rounding_reach(step: float, coordinates: int) -> float:

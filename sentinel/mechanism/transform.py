@@ -62,29 +62,34 @@ def transform_(  # noqa: PLR0913 - the update, its plan, and what was done to it
         The mask does not look at the data.
     """
     treatments = {name: _strictest(plan, name, aliases) for name in deltas}
+    coordinates = sum(delta.numel() for delta in deltas.values())
+    bounds = [_resolve(bound, aliases) for bound in plan.bounds]
+    stds = {name: _missing_std(treatment, base_std) for name, treatment in treatments.items()}
+    least = min((std for std in stds.values() if std > 0.0), default=math.inf)
+    step = grid_step(min([b.max_norm for b in bounds] or [base_std or 1.0]), coordinates, least)
     measured = dict(squares)
     for name, treatment in treatments.items():
         if math.isfinite(treatment.max_abs):
-            limit_(deltas[name], treatment.max_abs)
+            reach = step / 2 if stds[name] > 0.0 else 0.0
+            limit_(deltas[name], max(0.0, treatment.max_abs - reach))
             measured[name] = sum_of_squares(deltas[name])
-    coordinates = sum(delta.numel() for delta in deltas.values())
-    bounds = [_resolve(bound, aliases) for bound in plan.bounds]
-    scale = min([b.max_norm for b in bounds] or [base_std or 1.0])
-    step = grid_step(scale, coordinates)
     factors = _factors(measured, bounds, rounding_reach(step, coordinates))
     released = frozenset(n for n, t in treatments.items() if t.action is Action.RELEASE)
     noised = set()
     for name in released:
-        treatment = treatments[name]
-        std = math.sqrt(max(0.0, treatment.noise_std**2 - base_std**2))
         if factors[name] < 1.0:
             deltas[name].mul_(factors[name])
-        add_noise_(deltas[name], std, step, entropy)
-        keep_(deltas[name], treatment.keep, entropy)
-        if max(std, base_std) > 0.0:
+        add_noise_(deltas[name], stds[name], step, entropy)
+        keep_(deltas[name], treatments[name].keep, entropy)
+        if max(stds[name], base_std) > 0.0:
             noised.add(name)
     clipped = any(factors[name] < 1.0 for name in released)
     return Transformed(released, frozenset(noised), clipped)
+
+
+def _missing_std(treatment: Treatment, base_std: float) -> float:
+    """What has to be added to noise that is there already."""
+    return math.sqrt(max(0.0, treatment.noise_std**2 - base_std**2))
 
 
 def _strictest(plan: Plan, name: str, aliases: Mapping[str, str]) -> Treatment:

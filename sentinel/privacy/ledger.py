@@ -48,6 +48,13 @@ CREATE TABLE IF NOT EXISTS event (
     hash TEXT NOT NULL
 ) STRICT
 """
+# What is asked for at every release: totals by dataset, charges of a day, charges of a round.
+_INDICES = (
+    "CREATE INDEX IF NOT EXISTS by_event ON event (dataset, event)",
+    "CREATE INDEX IF NOT EXISTS by_time ON event (dataset, at)",
+    "CREATE INDEX IF NOT EXISTS by_round ON event (round)",
+)
+_DAY = 24 * 60 * 60  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +120,8 @@ class Ledger:
             if version not in (0, _SCHEMA_VERSION):
                 raise _damaged("was written by another version")
             db.execute(_CREATE)
+            for index in _INDICES:
+                db.execute(index)
             db.execute(f"PRAGMA user_version={_SCHEMA_VERSION}")
         self.verify()
 
@@ -129,24 +138,28 @@ class Ledger:
             row = db.execute("SELECT hash FROM event WHERE seq = ?", (seq,)).fetchone()
         return None if row is None else str(row[0])
 
-    def charge(self, charge: Charge, promise: Promise | None) -> Head:
-        """Write one event, durably, if the budget allows it.
+    def charge(
+        self, charge: Charge, promise: Promise | None, *, per_day: int | None = None
+    ) -> Head:
+        """Write one event, durably, if budget and rate limit allow it.
 
         Args:
             charge: the event.
             promise: the budget it must stay in; None where nothing is promised.
+            per_day: how many events the dataset may have in 24 hours; None for any number.
 
         Returns:
             The new head.
 
         Raises:
-            Withheld: BUDGET_EXHAUSTED; then nothing was written.
+            Withheld: BUDGET_EXHAUSTED or RATE_LIMITED; then nothing was written.
         """
         with self._connection() as db:
             db.execute("BEGIN IMMEDIATE")
             try:
                 if promise is not None:
                     _require_budget(_counted(db, charge.dataset), charge.event, promise)
+                _require_rate(db, charge.dataset, charge.at, per_day)
                 head = _append(db, charge)
                 db.execute("COMMIT")
             except BaseException:
@@ -166,11 +179,16 @@ class Ledger:
         with self._connection() as db:
             return total(_counted(db, dataset), promise)
 
-    def count_since(self, dataset: str, at: int) -> int:
-        """How many events on `dataset` were charged at or after a time."""
+    def require_rate(self, dataset: str, at: int, per_day: int | None) -> None:
+        """Raise RATE_LIMITED where a charge at the time `at` would be one too many."""
         with self._connection() as db:
-            query = "SELECT COUNT(*) FROM event WHERE dataset = ? AND at >= ?"
-            return int(db.execute(query, (dataset, at)).fetchone()[0])
+            _require_rate(db, dataset, at, per_day)
+
+    def was_charged(self, round_key: str) -> bool:
+        """Whether a round has been charged before."""
+        with self._connection() as db:
+            query = "SELECT 1 FROM event WHERE round = ? LIMIT 1"
+            return db.execute(query, (round_key,)).fetchone() is not None
 
     def rows(self, dataset: str | None = None) -> list[Row]:
         """All events in order, of one dataset or of all."""
@@ -304,6 +322,17 @@ def _counted(db: sqlite3.Connection, dataset: str) -> dict[GaussianEvent | Unbou
         except ValueError:
             raise _damaged("holds an event of an unknown kind or version") from None
     return counted
+
+
+def _require_rate(db: sqlite3.Connection, dataset: str, at: int, per_day: int | None) -> None:
+    if per_day is None:
+        return
+    query = "SELECT COUNT(*) FROM event WHERE dataset = ? AND at > ?"
+    if db.execute(query, (dataset, at - _DAY)).fetchone()[0] >= per_day:
+        raise Withheld(
+            Reason.RATE_LIMITED,
+            f"{per_day} rounds were charged in the last 24 hours, as many as the policy allows.",
+        )
 
 
 def _require_budget(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import io
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ from sentinel.audit import (
     AuditLog,
     RoundAborted,
     UpdateDecided,
+    UpdateReleased,
     UpdateWithheld,
     read_log,
     score_step,
@@ -27,7 +29,7 @@ from sentinel.audit import (
 from sentinel.audit.log import FILE_NAME
 from sentinel.audit.records import RECORD_TYPES
 from sentinel.errors import Withheld
-from sentinel.terms import Reason
+from sentinel.terms import Reason, Sharpness
 
 if typing.TYPE_CHECKING:
     from pathlib import Path
@@ -45,7 +47,7 @@ def decided(**changes: object) -> UpdateDecided:
         "round": "b" * 64,
         "promised": False,
         "sensitivity": 3,
-        "with_reference": True,
+        "sharpness": Sharpness.REFERENCE,
         "suspicion": 0,
         "budget_spent": 0,
         "rules": (0, 2),
@@ -173,6 +175,43 @@ def test_a_record_that_names_a_ledger_row_which_is_not_there_is_seen(tmp_path: P
     assert caught.value.reason is Reason.LEDGER_BEHIND_LOG
 
 
+def test_a_log_that_lacks_what_the_ledger_names_is_seen(tmp_path: Path) -> None:
+    """Cut short, deleted, or rewritten whole with hashes that fit one another."""
+    folder = tmp_path / "audit"
+    path = write(folder, 4)
+    noted = [(entry.seq, entry.hash) for entry in read_log(folder)][1:3]
+    assert verify_log(folder, noted=noted).records == 4
+    whole = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(whole[:2]))
+    log = AuditLog(tmp_path / "other")
+    for at in range(4):
+        log.append(lambda at=at: aborted(at + 100))
+    for damaged in (folder, tmp_path / "other", tmp_path / "gone"):
+        with pytest.raises(Withheld, match="ledger names") as caught:
+            verify_log(damaged, noted=noted)
+        assert caught.value.reason is Reason.LOG_DAMAGED
+
+
+def test_a_record_is_found_from_the_end_and_through_several_blocks(tmp_path: Path) -> None:
+    folder = tmp_path / "audit"
+    path = write(folder, 400)
+    assert path.stat().st_size > 2 << 16
+    log = AuditLog(folder)
+    entries = {entry.seq: entry.hash for entry in read_log(folder)}
+    assert {seq: log.hash_at(seq) for seq in entries} == entries
+    assert log.hash_at(0) == ZERO
+    assert log.hash_at(401) is None
+    path.write_bytes(path.read_bytes() + b'{"torn')
+    assert log.hash_at(400) == entries[400]
+
+
+def test_the_log_knows_which_rounds_were_released(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path / "audit")
+    log.append(lambda: UpdateReleased(**BASE, round="b" * 64, released=ZERO))
+    assert log.was_released("b" * 64)
+    assert not log.was_released("c" * 64)
+
+
 WRITER = """
 import sys
 from pathlib import Path
@@ -233,6 +272,12 @@ def test_an_alert_is_one_line_of_its_own_words(capsys: pytest.CaptureFixture[str
     assert 'event="round refused"' in line
     assert "reason=crafted-model" in line
     assert "round=12" in line
+
+
+def test_a_closed_stream_keeps_no_refusal_from_being_raised() -> None:
+    stream = io.StringIO()
+    stream.close()
+    Alerts(stream).send(AlertEvent.ROUND_REFUSED, reason=Reason.CRAFTED_MODEL)
 
 
 @pytest.mark.parametrize(

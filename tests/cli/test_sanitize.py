@@ -180,3 +180,54 @@ def test_help_needs_no_torch() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["0", "False"]
+
+
+def test_an_output_that_cannot_work_is_misuse_before_anything_is_charged(sanitize, files) -> None:
+    (files / "folder").mkdir()
+    for out in ("nowhere/out", "folder", "global", "local"):
+        done = sanitize("--out", str(files / out))
+        assert done.exit_code == 2, out
+        assert "Traceback" not in done.output
+    assert not (files / "state").exists()
+
+
+def test_a_released_round_that_could_not_be_written_can_be_asked_for_again(
+    sanitize, monkeypatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sentinel.cli.sanitize.write_tensors", full)
+    done = sanitize()
+    assert done.exit_code == 1
+    monkeypatch.undo()
+    number, run = done.output.split("--round ")[1].rstrip(".\n").split(" --run ")
+    again = sanitize("--round", number, "--run", run, "--json")
+    assert again.exit_code == 0
+    assert json.loads(again.output)["replayed"] is True
+
+
+def test_audit_commands_refuse_what_they_cannot_mean(sanitize, files) -> None:
+    sanitize()
+    state = ["--state-dir", str(files / "state")]
+    run = CliRunner().invoke
+    unknown = run(app, ["audit", "show", "--type", "foo", *state])
+    assert unknown.exit_code == 2
+    assert "update.released" in unknown.output
+    assert run(app, ["audit", "verify", "--since", "deadbeef", *state]).exit_code == 2
+
+
+@pytest.mark.parametrize("damage", ["log gone", "log cut", "ledger gone"])
+def test_verify_and_budget_see_what_the_guard_sees(sanitize, files, damage: str) -> None:
+    for _ in range(2):
+        sanitize()
+    log = files / "state" / "audit" / "audit.jsonl"
+    if damage == "log gone":
+        log.unlink()
+    elif damage == "log cut":
+        log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:3]))
+    else:
+        (files / "state" / "ledger.sqlite").unlink()
+    for command in (["audit", "verify"], ["budget", "show"]):
+        done = CliRunner().invoke(app, [*command, "--state-dir", str(files / "state")])
+        assert done.exit_code == 1, (command, done.output)

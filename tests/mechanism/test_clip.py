@@ -24,6 +24,13 @@ def test_the_clipped_float32_values_obey_the_bound(values: list[float], max_norm
     assert math.sqrt(sum_of_squares(tensor)) <= max_norm
 
 
+@pytest.mark.parametrize(("value", "max_norm"), [(3e38, 6.6e-7), (3e38, 1e-12), (1e30, 1.0)])
+def test_a_factor_below_the_range_of_float32_keeps_the_bound(value: float, max_norm: float) -> None:
+    tensor = torch.tensor([value, -value])
+    clip_to(max_norm, [tensor], [sum_of_squares(tensor)])
+    assert math.sqrt(sum_of_squares(tensor)) <= max_norm
+
+
 def test_an_update_under_the_bound_is_left_as_it_is() -> None:
     tensor = torch.tensor([0.3, 0.4])
     assert clip_to(1.0, [tensor], [0.25]) == 1.0
@@ -52,6 +59,10 @@ def test_max_abs_bounds_each_coordinate() -> None:
     tensor = torch.tensor([-5.0, 0.5, 5.0])
     limit_(tensor, 1.0)
     assert tensor.tolist() == [-1.0, 0.5, 1.0]
+    for bound in (0.1, 0.3, 0.7):  # nearest rounding would exceed .3 in float32
+        limit_(tensor, bound)
+        assert float(tensor.double().abs().max()) <= bound
+        tensor = torch.tensor([-1.0, 0.5, 1.0])
     limit_(tensor, math.inf)
     assert tensor.tolist() == [-1.0, 0.5, 1.0]
 

@@ -58,6 +58,20 @@ def test_the_bound_holds_before_the_noise_with_the_grid_counted_in(fixed_entropy
     assert 0.999 < deltas["a"].double().norm() <= 1.0 + 1e-6
 
 
+@pytest.mark.parametrize("ratio", [1e-6, 1e-4, 1e-2])
+def test_noise_much_smaller_than_the_grid_is_still_there(fixed_entropy, ratio: float) -> None:
+    """The grid is finer than the noise, however little of it is asked for."""
+    deltas = {"a": torch.zeros(10_000)}
+    std = ratio / 100
+    done = run(
+        deltas,
+        plan_of({"a": Treatment(noise_std=std)}, NormBound(frozenset({"a"}), 1.0)),
+        fixed_entropy(8),
+    )
+    assert done.noised == {"a"}
+    assert deltas["a"].std().item() == pytest.approx(std, rel=0.05)
+
+
 def test_noise_is_masked_and_rescaled_with_the_signal(fixed_entropy) -> None:
     deltas = {"a": torch.zeros(200_000)}
     plan = plan_of({"a": Treatment(noise_std=1.0, keep=0.25)}, NormBound(frozenset({"a"}), 1.0))

@@ -79,12 +79,40 @@ def test_an_unbounded_event_is_never_stopped_and_makes_the_total_void(tmp_path: 
     assert ledger.spent("d", PROMISE).void
 
 
-def test_recent_charges_are_counted(tmp_path: Path) -> None:
+def test_the_rate_limit_counts_the_last_day_of_one_dataset(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "l")
-    for at in (10, 20, 30):
-        ledger.charge(charge(at=at), PROMISE)
-    assert ledger.count_since("d", 20) == 2
-    assert ledger.count_since("other", 0) == 0
+    day = 24 * 60 * 60
+    for at in (0, 10):
+        ledger.charge(charge(at=at), PROMISE, per_day=2)
+    for at, allowed in [(20, False), (day - 1, False), (day, True)]:
+        if allowed:
+            ledger.require_rate("d", at, 2)
+            continue
+        with pytest.raises(Withheld) as caught:
+            ledger.charge(charge(at=at), PROMISE, per_day=2)
+        assert caught.value.reason is Reason.RATE_LIMITED
+    assert ledger.head().seq == 2
+    ledger.charge(charge(at=20, dataset="other"), PROMISE, per_day=2)
+
+
+def test_a_round_that_was_charged_is_known(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "l")
+    assert not ledger.was_charged("r" * 64)
+    ledger.charge(charge(), PROMISE)
+    assert ledger.was_charged("r" * 64)
+
+
+def test_what_is_asked_at_every_release_is_found_by_an_index(tmp_path: Path) -> None:
+    """Without one, a release would grow slower with every round of the ledger's life."""
+    Ledger(tmp_path / "l")
+    with sqlite3.connect(tmp_path / "l") as db:
+        for query in (
+            "SELECT event, COUNT(*) FROM event WHERE dataset = 'd' GROUP BY event",
+            "SELECT COUNT(*) FROM event WHERE dataset = 'd' AND at > 5",
+            "SELECT 1 FROM event WHERE round = 'r' LIMIT 1",
+        ):
+            plan = str(db.execute(f"EXPLAIN QUERY PLAN {query}").fetchall())
+            assert "COVERING INDEX" in plan, plan
 
 
 SPENDER = """
