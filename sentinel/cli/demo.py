@@ -84,8 +84,8 @@ def _leaks(hearts: Any, xrays: Any) -> list[tuple[str, str, str]]:  # noqa: ANN4
         ),
         (
             "patients near, beyond held-out ones",
-            f"{hearts.unguarded.advantage:.3f}",
-            f"{hearts.guarded.advantage:.3f} ({missed.advantage:.3f})",
+            f"{hearts.unguarded.advantage:z.3f}",
+            f"{hearts.guarded.advantage:z.3f} ({missed.advantage:z.3f})",
         ),
         (
             "one X-ray from its gradient, SSIM",

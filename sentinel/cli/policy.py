@@ -20,8 +20,9 @@ from sentinel.cli.console import REFUSED, AsJson, SentinelGroup, print_json
 from sentinel.errors import MisuseError, PolicyError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
+    from sentinel.policy import Policy
     from sentinel.policy.explain import Explanation, Group
     from sentinel.policy.manifest import Manifest
     from sentinel.policy.store import LoadedPolicy
@@ -114,7 +115,7 @@ def explain(
     for line in (*screen.noise_lines(explanation), *screen.left_aside(loaded, manifest)):
         screen.say(line)
     for finding in findings:
-        if finding["severity"] != "note":  # the notes are all said above
+        if finding["severity"] != "note" or loaded.policy.privacy:  # other notes are said above
             screen.show_finding(finding)
 
 
@@ -259,15 +260,59 @@ def _candidates(loaded: LoadedPolicy, manifest: Manifest | None) -> Mapping[str,
 
 def _findings(loaded: LoadedPolicy, path: Path, manifest: Manifest | None) -> list[Report]:
     from sentinel.policy.checks import check as checked
-    from sentinel.policy.store import unsafe_to_use
 
     today = dt.datetime.now(dt.UTC).date()
-    found = checked(loaded.policy, today, _candidates(loaded, manifest))
+    candidates, releases = _candidates(loaded, manifest), _releases(loaded.policy)
+    found = checked(loaded.policy, today, candidates, releases=releases)
     rows = [_finding(one.severity.value, one.message, one.rule) for one in found]
-    unsafe = unsafe_to_use(path)
-    if unsafe is not None:
-        rows.append(_finding("warning", f"would be refused where it is used: {unsafe}"))
-    return rows
+    return [*_unsafe(path), *rows]
+
+
+def _unsafe(path: Path) -> list[Report]:
+    """Say whether the guard would refuse the file for where it lies or who may write to it."""
+    from sentinel.policy.store import OtherOwnerError, unsafe_to_use
+
+    problem = unsafe_to_use(path)
+    if problem is None:
+        return []
+    severity = "warning" if isinstance(problem, OtherOwnerError) else "error"
+    told = " ".join(_told(problem, path))
+    return [_finding(severity, f"would be refused where it is used: {told}")]
+
+
+def _releases(policy: Policy) -> int | None:
+    """How many releases the budget of a promise per site pays for; None for any other policy."""
+    from sentinel.terms import Unit
+
+    if policy.privacy is None or policy.privacy.unit is not Unit.SITE:
+        return None
+    import numpy as np
+
+    from sentinel.house import event_of, promise_of
+    from sentinel.policy.checks import MANY_RELEASES
+    from sentinel.privacy import total
+
+    promise, event = promise_of(policy), event_of(policy)
+    if promise is None:
+        return None
+
+    def affordable(count: int) -> bool:
+        with np.errstate(divide="ignore"):  # dp-accounting takes the logarithm of 0 near epsilon 0
+            return total({event: count}, promise).epsilon <= promise.epsilon
+
+    return _largest(affordable, MANY_RELEASES)
+
+
+def _largest(holds: Callable[[int], bool], limit: int) -> int:
+    """Find the largest count up to `limit` for which `holds`, which is lost once and for all."""
+    beyond = 1
+    while beyond <= limit and holds(beyond):
+        beyond *= 2
+    low, beyond = beyond // 2, min(beyond, limit + 1)
+    while beyond - low > 1:
+        middle = (low + beyond) // 2
+        low, beyond = (middle, beyond) if holds(middle) else (low, middle)
+    return low
 
 
 def _tested(path: Path) -> Report:

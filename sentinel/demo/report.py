@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sentinel.demo.png import data_uri
+from sentinel.terms import Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -32,19 +33,41 @@ p.lead, figcaption, .soft { color: var(--soft); }
 table { border-collapse: collapse; width: 100%; margin: 1rem 0;
   font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .35rem .7rem; border-bottom: 1px solid var(--line); }
+th:first-child, td:first-child { min-width: 11rem; }
 th { font-weight: 600; } td.n, th.n { text-align: right; }
 .good { color: var(--good); font-weight: 600; } .bad { color: var(--bad); font-weight: 600; }
 figure { margin: 1.5rem 0; } figure img { width: 6.2rem; image-rendering: auto; display: block; }
-.strip { display: grid; grid-template-columns: 9rem repeat(auto-fill, 6.6rem); gap: .4rem;
-  align-items: center; } .wide { overflow-x: auto; }
-.cells { display: grid; grid-auto-flow: column; grid-auto-columns: 1fr; gap: 3px; }
-.cells span { height: 1.1rem; border-radius: 2px; background: var(--good); }
-.cells span.refused { background: var(--bad); } .cells span.withheld { background: var(--wait); }
-.rounds { display: grid; grid-template-columns: 8rem 1fr; gap: .35rem .8rem; align-items: center; }
+.wide { overflow-x: auto; }
+.strip { display: grid; grid-template-columns: 9rem; grid-auto-flow: column;
+  grid-auto-columns: 6.2rem; gap: .4rem; align-items: center; width: max-content; }
+.strip > span { position: sticky; left: 0; background: var(--paper); }
+.cells { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(.95rem, 1fr); gap: 3px; }
+.mark { font-size: .7rem; line-height: 1.15rem; font-weight: 600; text-align: center;
+  border-radius: 2px; color: var(--paper); background: var(--good); }
+.mark.refused { background: var(--bad); }
+.mark.withheld { background: var(--wait); color: #1c2530; }
+p .mark { display: inline-block; width: 1.15rem; }
+.rounds { display: grid; grid-template-columns: 8rem 1fr; gap: .35rem .8rem; align-items: center;
+  overflow-x: auto; }
+details { margin: 1rem 0; } summary { cursor: pointer; } details table { font-size: .85rem; }
+details td.n, details th.n { text-align: left; vertical-align: top; min-width: 11rem; }
+details th:first-child, details td:first-child { min-width: 3rem; }
 .side { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1rem;
   font-size: .85rem; } .side td, .side th { padding: .15rem .4rem; }
+.side th:first-child, .side td:first-child { min-width: 4rem; }
 .note { background: var(--tint); padding: .8rem 1rem; border-radius: .4rem; }
+@media (max-width: 40rem) {
+  body { margin: 1.5rem auto; padding: 0 1rem; } th, td { padding: .35rem .4rem; }
+  .strip { grid-template-columns: 6.4rem; font-size: .85rem; }
+  .rounds { grid-template-columns: 1fr; gap: .15rem; } }
 """
+
+# Letters beside the colours: some readers do not tell green from red.
+_MARKS = {
+    "released": ("S", "sanitized and released"),
+    "refused": ("R", "refused before training"),
+    "withheld": ("W", "withheld after it"),
+}
 
 
 def report_html(result: DemoResult) -> str:
@@ -79,13 +102,15 @@ what is shown is measured against the attackers named here, and says nothing abo
 
 
 def _summary(hearts: HeartsResult, xrays: XrayResult) -> str:
+    crafted = sum(note.crafted for note in hearts.notes)
+    refused = f"round refused {hearts.rounds_refused} times in {crafted}"
     missed = f"{hearts.worst_uninspected.exact} had the inspection missed it"
     batch = f"Chest X-rays behind an update of {xrays.batch_size}"
     rows = [
         (
             "Patients read exactly from one update of each hospital, crafted model",
             f"{hearts.unguarded.exact} of {hearts.unguarded.records}",
-            f"{hearts.guarded.exact} (round refused); {missed}",
+            f"{hearts.guarded.exact} ({refused}); {missed}",
         ),
         (
             "AUC, mean over four hospitals",
@@ -103,9 +128,9 @@ def _summary(hearts: HeartsResult, xrays: XrayResult) -> str:
             f"{xrays.ssim_sanitized:.2f}",
         ),
         (
-            "True X-ray found first among 100 of its class (chance .01)",
-            f"{xrays.reid_top1_raw:.2f}",
-            f"{xrays.reid_top1:.2f}",
+            "True X-ray found first among 100 of its class (chance: 1 in 100)",
+            _of_all(xrays.reid_top1_raw, xrays),
+            _of_all(xrays.reid_top1, xrays),
         ),
     ]
     return _table(("", "without", "with the guard"), rows)
@@ -118,11 +143,13 @@ def _utility(hearts: HeartsResult) -> str:
         for site, plain in hearts.auc_unguarded_by_site.items()
     ]
     rows.append(("mean", f"{hearts.auc_unguarded:.3f}", f"{hearts.auc_guarded:.3f}"))
-    spread = ", ".join(f"{loss:+.3f}" for loss in losses)
+    spread = ", ".join(f"{loss:+z.3f}" for loss in losses)
+    repeats = hearts.settings.repeats
+    averaged = f"mean of {repeats} repeats" if repeats > 1 else "one repeat"
     return f"""<h2>Does the model still learn?</h2>
 <p>Fed-Heart-Disease, federated averaging, {hearts.settings.rounds} rounds, one hidden layer of
 {hearts.settings.hidden} units, policy <code>{escape(hearts.settings.policy)}</code>. AUC on
-held-out patients, mean of {hearts.settings.repeats} repeats, paired by split and start.</p>
+held-out patients, {averaged}, paired by split and start.</p>
 {_table(("hospital", "AUC without", "AUC with the guard"), rows)}
 <p class="soft">Lost in each repeat, mean over hospitals: {spread}.</p>"""
 
@@ -137,27 +164,54 @@ def _rounds(hearts: HeartsResult) -> str:
         for site in sites
     )
     return f"""<h2>What was done, round by round</h2>
-<p>First repeat; each cell is a round (point at it for what was decided). Green: sanitized and
-released. Red: refused before training. Amber: withheld after it. In round
+<p>First repeat; each cell is a round. {_legend()} In round
 {hearts.settings.turns_at} the server sends a crafted model: it was refused
-{hearts.rounds_refused} times in {hearts.settings.repeats * len(sites)}, and honest models
+{hearts.rounds_refused} times in {sum(note.crafted for note in hearts.notes)}, and honest models
 {hearts.false_refusals} times in {sum(not note.crafted for note in hearts.notes)}.</p>
 <div class="rounds">{lines}</div>
+<details><summary>What was decided in each round, and on what grounds</summary>
+{_decisions(first, sites)}</details>
 <p class="soft">The alert that operations get:</p>
 <p class="note wide"><code>{escape(next(iter(hearts.alerts), "none"))}</code></p>"""
 
 
+def _legend() -> str:
+    said = ", ".join(
+        f'<span class="mark {action}">{letter}</span> {meaning}'
+        for action, (letter, meaning) in _MARKS.items()
+    )
+    return f"{said}."
+
+
 def _cell(note: Note) -> str:
+    letter, _ = _MARKS[note.outcome.action]
+    told = escape(f"round {note.number}: {_decided(note)}")
+    return f'<span class="mark {note.outcome.action}" title="{told}">{letter}</span>'
+
+
+def _decisions(notes: Sequence[Note], sites: Sequence[str]) -> str:
+    found = {(note.number, note.site): _decided(note) for note in notes}
+    rows = [
+        (str(number), *(found.get((number, site), "-") for site in sites))
+        for number in sorted({note.number for note in notes})
+    ]
+    return _table(("round", *sites), rows)
+
+
+def _decided(note: Note) -> str:
+    """Say what was done in one round at one hospital, and on what grounds."""
     outcome = note.outcome
-    said = [f"round {note.number}: {outcome.action}"]
+    said = [outcome.action]
     if outcome.reason is not None:
-        said.append(f"reason {outcome.reason}, verdict {outcome.verdict}")
+        said.append(f"reason {outcome.reason}")
+    if outcome.verdict not in (None, Verdict.HONEST):
+        said.append(f"verdict {outcome.verdict}")
     if outcome.suspicion is not None:
         said.append(f"suspicion {outcome.suspicion:.2f}")
     if outcome.sensitivity is not None:
         said.append(f"sensitivity score {outcome.sensitivity:.2f}")
-        said.append(f"rules {', '.join(outcome.rules)}" + (", clipped" if outcome.clipped else ""))
-    return f'<span class="{outcome.action}" title="{escape("; ".join(said))}"></span>'
+        said.append(_by_rules(outcome.rules) + (", clipped" if outcome.clipped else ""))
+    return "; ".join(said)
 
 
 def _reads(hearts: HeartsResult) -> str:
@@ -169,7 +223,14 @@ def _reads(hearts: HeartsResult) -> str:
             for scale, reads in hearts.uninspected.items()
         ),
     ]
-    head = ("update", "patients", "read exactly", "near", "held-out near", "difference, 95 % up to")
+    head = (
+        "update",
+        "patients",
+        "read exactly",
+        "near",
+        "held-out near",
+        "difference (95 % up to)",
+    )
     return f"""<h2>What the malicious server reads</h2>
 <p>In the crafted round the neurons of the first layer scan one direction in fine steps, and all
 layers are scaled down so that several local epochs stay linear. The difference of two neighbouring
@@ -188,7 +249,7 @@ def _read_row(reads: Reads) -> tuple[str, ...]:
         str(reads.exact),
         f"{reads.near_share:.3f}",
         f"{reads.held_out_share:.3f}",
-        f"{reads.interval.high:.3f}",
+        f"{reads.advantage:z.3f} (up to {reads.interval.high:z.3f})",
     )
 
 
@@ -207,7 +268,7 @@ def _example(example: Example) -> str:
 
 
 def _value(record: Mapping[str, float], name: str) -> str:
-    return f"{record[name]:.1f}" if name in record else "-"
+    return f"{record[name]:z.1f}" if name in record else "-"
 
 
 def _percent(share: float) -> str:
@@ -215,31 +276,42 @@ def _percent(share: float) -> str:
 
 
 def _pictures(xrays: XrayResult) -> str:
-    shown, done = xrays.pictures, xrays.treatment
+    shown, done, lone = xrays.pictures, xrays.treatment, escape(str(xrays.lone_reason))
     attackers = [
         (name, f"{xrays.raw[name].ssim:.3f}" if name in xrays.raw else "-", f"{attack.ssim:.3f}")
         for name, attack in xrays.sanitized.items()
     ]
     return f"""<h2>What comes back of a chest X-ray</h2>
-<p>{escape(xrays.net)}, {xrays.parameters} parameters, {escape(xrays.stage)}. The attacker inverts
-gradients; labels, training and sanitizer are known to it.</p>
-<figure><div class="strip"><span>one X-ray, and its reconstruction from the raw gradient</span>
-{_image(shown.lone)}{_image(shown.lone_reconstructed)}</div>
+<p>The net: {escape(xrays.net)}; {xrays.parameters:,} parameters in all. It is attacked
+{escape(xrays.stage)}. The attacker inverts gradients; labels, training and sanitizer are known to
+it.</p>
+<figure><div class="wide"><div class="strip"><span>one X-ray, and its reconstruction from the raw
+gradient</span>{_image(shown.lone)}{_image(shown.lone_reconstructed)}</div></div>
 <figcaption>SSIM {xrays.ssim_raw:.3f}, mean of {len(xrays.lone_ssims)}. The policy
 <code>{escape(xrays.settings.policy)}</code>
-{"withholds this update" if xrays.lone_image_withheld else "RELEASES this update"}
-({escape(str(xrays.lone_reason))}).</figcaption></figure>
-<p>An update of {xrays.batch_size} X-rays is let out: norm {done.norm:.3f} clipped to
-{done.max_norm:.3g}, noise of norm {done.noise_norm:.3g}, {done.keep:.0%} of the coordinates kept
-(rules {escape(", ".join(done.rules))}).</p>
+{f"withholds this update ({lone})" if xrays.lone_image_withheld else "RELEASES this update"}.
+</figcaption></figure>
+<p>An update of {xrays.batch_size} X-rays is let out by {escape(_by_rules(done.rules))}: its norm of
+{done.norm:.3f} is bounded by {done.max_norm:.3g}, noise of norm {done.noise_norm:.3g} is added, and
+{"all coordinates are" if done.keep == 1 else f"{done.keep:.0%} of the coordinates are"} kept.</p>
 {_strips(shown)}
 {_table(("attacker", "SSIM, raw", "SSIM, released"), attackers)}
 <p>Knowing nothing but public images scores {xrays.ssim_class_mean:.3f} (the class mean); the best
-attacker on the released update scores {xrays.ssim_sanitized:.3f}. It finds the true X-ray first
-among 100 of its class in {xrays.reid_top1:.3f} of cases (chance alone finds .01 in the mean, and
-stays at or under {xrays.reid_chance_limit:.3f} in 99 % of runs), from the raw update in
-{xrays.reid_top1_raw:.3f}. Matching alone lifts a guess: the same attacker, given the raw update of
-<em>other</em> X-rays, scores {xrays.ssim_unrelated:.3f} on these.</p>"""
+attacker on the released update scores {xrays.ssim_sanitized:.3f}. Among 100 X-rays of its class it
+ranks the true one first for {_of_all(xrays.reid_top1, xrays)}, and from the raw update for
+{_of_all(xrays.reid_top1_raw, xrays)}; chance alone does so for 1 in 100 in the mean, and for
+{_of_all(xrays.reid_chance_limit, xrays)} or fewer in 99 % of runs. Matching alone
+lifts a guess: the same attacker, given the raw update of <em>other</em> X-rays, scores
+{xrays.ssim_unrelated:.3f} on these.</p>"""
+
+
+def _of_all(share: float, xrays: XrayResult) -> str:
+    """Write a share of the pictures behind the update as a count."""
+    return f"{round(share * xrays.batch_size)} of {xrays.batch_size}"
+
+
+def _by_rules(rules: Sequence[str]) -> str:
+    return f"{'rule' if len(rules) == 1 else 'rules'} {', '.join(rules)}"
 
 
 def montage(xrays: XrayResult) -> NDArray[np.uint8]:

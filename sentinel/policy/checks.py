@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     import datetime as dt
     from collections.abc import Iterator, Mapping
 
-    from sentinel.policy.schema import Policy, Rule, When
+    from sentinel.policy.schema import Policy, Privacy, Rule, When
 
 EXPIRES_SOON = 14  # days
+MANY_RELEASES = 1_000_000  # counted no further
 LARGE_EPSILON = 10.0  # above it the bound on an attacker's gain, exp(epsilon), means little
 _MAX_NAMES = 20  # parameters that a note names; `explain --json` names them all
 _SCORES = ("sensitivity", "suspicion", "budget_spent", "unhealthy")
@@ -43,7 +44,11 @@ class Finding:
 
 
 def check(
-    policy: Policy, today: dt.date, candidates: Mapping[str, int] | None = None
+    policy: Policy,
+    today: dt.date,
+    candidates: Mapping[str, int] | None = None,
+    *,
+    releases: int | None = None,
 ) -> tuple[Finding, ...]:
     """Look for what the schema cannot see.
 
@@ -52,6 +57,8 @@ def check(
         today: the date (UTC) against which `expires` is read.
         candidates: the parameters of a model that could leave, name -> number of values; with
             them, a glob that matches nothing is an error.
+        releases: how many releases the policy's privacy budget pays for, MANY_RELEASES for that
+            many or more; None where it was not worked out.
 
     Returns:
         All findings, errors first.
@@ -60,7 +67,7 @@ def check(
         *_lets_out_nothing(policy),
         *_expiry(policy, today),
         *_missing_protection(policy),
-        *_promise(policy),
+        *_promise(policy, releases),
         *(finding for rule in policy.rules for finding in _dead(policy, rule)),
     ]
     if candidates is not None:
@@ -134,7 +141,7 @@ def _missing_protection(policy: Policy) -> Iterator[Finding]:
         )
 
 
-def _promise(policy: Policy) -> Iterator[Finding]:
+def _promise(policy: Policy, releases: int | None) -> Iterator[Finding]:
     privacy = policy.privacy
     if privacy is None:
         yield Finding(
@@ -146,15 +153,38 @@ def _promise(policy: Policy) -> Iterator[Finding]:
         yield _warning(
             f"privacy.epsilon = {privacy.epsilon:g} promises next to nothing; 1 to 8 is usual"
         )
-    if privacy.unit is Unit.SITE:
-        for rule in policy.rules:
-            if rule.when is not None and rule.when.sensitivity is not None:
-                yield Finding(
-                    Severity.NOTE,
-                    'under unit "site" the sensitivity score sees the noise of the promise, so '
-                    "that this rule is nearly blind",
-                    rule.id,
-                )
+    if privacy.unit is not Unit.SITE:
+        yield _error(
+            f'releases nothing: privacy.unit = "{privacy.unit}" needs private training, which this '
+            "version does not have, so that every update is withheld (promise-not-kept); use unit "
+            '"site", or leave the [privacy] table out and promise nothing formal'
+        )
+        return
+    if releases is not None:
+        yield _affordable(privacy, releases)
+    for rule in policy.rules:
+        if rule.when is not None and rule.when.sensitivity is not None:
+            yield Finding(
+                Severity.NOTE,
+                'under unit "site" the sensitivity score sees the noise of the promise, so that '
+                "this rule is nearly blind",
+                rule.id,
+            )
+
+
+def _affordable(privacy: Privacy, releases: int) -> Finding:
+    """Say how many releases the budget pays for; a budget that pays for none is an error."""
+    budget = f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g}"
+    if releases == 0:
+        return _error(
+            f"releases nothing: one release alone spends more than {budget}; raise "
+            "privacy.noise_multiplier, or promise less with a larger epsilon"
+        )
+    count = f"{releases:,} or more" if releases >= MANY_RELEASES else f"{releases:,}"
+    plural = "release" if releases == 1 else "releases"
+    return Finding(
+        Severity.NOTE, f"the budget ({budget}) pays for {count} {plural}, then nothing leaves"
+    )
 
 
 def _dead(policy: Policy, rule: Rule) -> Iterator[Finding]:

@@ -26,11 +26,17 @@ from sentinel.terms import Action, Adjacency, Unit
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+SCHEMA_VERSION = 1
 MAX_RULES = 256
 MAX_GLOBS = 64
 MIN_NOISE_MULTIPLIER = 0.05
 NUM_EXAMPLES = "num-examples"
 
+# What a rule for ** lets out and should not leave.
+_KEEP_BACK = (
+    "That rule lets every parameter out: hold back what must not leave by one more rule, "
+    'match = [...] with action = "withhold"'
+)
 _WORDS = {action.word: action for action in Action}
 
 
@@ -72,6 +78,18 @@ def _true(value: bool) -> bool:  # noqa: FBT001  pydantic hands the value over b
     return value
 
 
+def _readable(version: int) -> int:
+    """Refuse another format with what to do about it, not merely as a number out of range."""
+    if version > SCHEMA_VERSION:
+        raise ValueError(
+            f"this version reads schema {SCHEMA_VERSION}; install a newer gradient-sentinel, or "
+            f"write schema = {SCHEMA_VERSION}"
+        )
+    if version < SCHEMA_VERSION:
+        raise ValueError(f"expected {SCHEMA_VERSION}, the only format there is")
+    return version
+
+
 def _meant_for_noise(value: float) -> float:
     if value < MIN_NOISE_MULTIPLIER:
         raise ValueError(
@@ -81,6 +99,11 @@ def _meant_for_noise(value: float) -> float:
     return value
 
 
+SchemaVersion = Annotated[
+    int,
+    Field(json_schema_extra={"minimum": SCHEMA_VERSION, "maximum": SCHEMA_VERSION}),
+    AfterValidator(_readable),
+]
 # A norm's two ends, and the lower end of `keep`, hold every product and quotient of them finite.
 Norm = Annotated[float, Field(ge=1e-12, le=1e12)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -110,7 +133,9 @@ class Privacy(Strict):
         description='"replace" by default for a site, "add-or-remove" otherwise',
     )
     patients: Annotated[int, Field(ge=1, le=10**10)] | None = Field(
-        default=None, description="public size of the cohort; needed for patient and record"
+        default=None,
+        description="public size of the cohort; needed for patient and record, and wherever "
+        "limits.min_patients is set",
     )
     epsilon: float = Field(gt=0, le=1000, description="for the life of the ledger")
     delta: float = Field(gt=0, le=0.01)
@@ -142,6 +167,10 @@ class Limits(Strict):
     )
     min_patients: Annotated[int, Field(ge=1, le=10**10)] | None = Field(
         default=None, description="an update with fewer patients behind it is withheld"
+    )
+    keep_releases: Annotated[int, Field(ge=1, le=10**6)] | None = Field(
+        default=None,
+        description="how many released updates stay on disk for retries; all where left out",
     )
     metrics: Annotated[
         tuple[Identifier, ...], Field(strict=False, max_length=64), AfterValidator(_distinct)
@@ -235,7 +264,7 @@ class Policy(Strict):
     that the noise is measured by is known, and no further rule can thin it out.
     """
 
-    schema_version: int = Field(alias="schema", ge=1, le=1, description="this format: 1")
+    schema_version: SchemaVersion = Field(alias="schema", description="this format: 1")
     name: Identifier
     dataset: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = Field(
         default="default", description="the patients behind it; one privacy budget per dataset"
@@ -282,15 +311,15 @@ class Policy(Strict):
             if self.noise_norm is None:
                 yield (
                     f'rule[{at}].noise_ratio (rule "{rule.id}"): noise is measured against a norm, '
-                    "and none is given; add a rule without `when`, with match ** (or no match), "
-                    "that has max_norm"
+                    "and none is given; add a rule without `when` and with "
+                    f"match ** (or no match) that has max_norm. {_KEEP_BACK}"
                 )
             elif not anchored:
                 # Otherwise a further rule that lets out more parameters would spread the same
                 # noise over more coordinates, and so weaken those already let out.
                 yield (
                     f'rule[{at}].noise_ratio (rule "{rule.id}"): needs a rule without `when` and '
-                    'with match ** (or no match); keep parameters back by action = "withhold"'
+                    f"with match ** (or no match). {_KEEP_BACK}"
                 )
 
     def _promise_problems(self) -> Iterator[str]:
@@ -316,6 +345,11 @@ class Policy(Strict):
             yield (
                 "limits.min_patients: larger than privacy.patients, so nothing would ever be "
                 "released; lower it"
+            )
+        if least is not None and cohort is None:
+            yield (
+                "privacy.patients: is missing; add the public size of the cohort, with which "
+                "limits.min_patients is compared under a promise, since the real count is data"
             )
         if set(self.limits.metrics) - {NUM_EXAMPLES}:
             yield f'limits.metrics: under a promise only "{NUM_EXAMPLES}" may leave'

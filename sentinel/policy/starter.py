@@ -14,15 +14,17 @@ name = "{name}"
 
 # No [privacy] table: nothing formal is promised. Protection is measured, and reports say so.
 # [privacy]
-# unit = "patient"           # whose presence is hidden: patient, record or site
-# patients = 12000           # public size of the cohort
+# unit = "site"              # whose presence is hidden; this version keeps no other promise
+# patients = 12000           # public size of the cohort; limits.min_patients is compared with it
 # epsilon = 8.0              # for the life of the ledger
 # delta = 1e-6               # less than 1 / patients
-# clip_norm = 1.0            # L2 norm
-# noise_multiplier = 1.1     # standard deviation of the noise / clip_norm
+# clip_norm = 1.0            # L2 norm; take max_norm out of the rules then
+# noise_multiplier = 16.0    # standard deviation of the noise / clip_norm; `check` says for how
+#                            # many releases the budget lasts
 
 [limits]
 min_patients = 16            # patients behind an update; fewer: withhold
+keep_releases = 20           # released updates that stay on disk for retries, the newest ones
 metrics = ["num-examples"]   # every other metric is dropped
 
 [[rule]]

@@ -19,6 +19,10 @@ _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 TEST_SUFFIX = ".test.toml"
 
 
+class OtherOwnerError(PolicyError):
+    """A file of somebody else's: refused here, and yet in order where its owner uses it."""
+
+
 @dataclass(frozen=True, slots=True)
 class LoadedPolicy:
     """A policy, and the file it came from.
@@ -102,20 +106,24 @@ def read_safely(path: Path) -> bytes:
         descriptor = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise PolicyError(f"{path}: cannot be opened ({error.strerror}); check it") from None
-    problem = _unsafe(os.fstat(descriptor), shipped_file=_is_shipped(real))
-    if problem is not None:
+    try:
+        _require_safe(os.fstat(descriptor), path, shipped_file=_is_shipped(real))
+    except PolicyError:
         os.close(descriptor)
-        raise PolicyError(f"{path}: {problem}")
+        raise
     with os.fdopen(descriptor, "rb") as file:
         return _bounded(file.read(MAX_BYTES + 1), path)
 
 
-def unsafe_to_use(path: Path) -> str | None:
-    """Say why `load_policy` would refuse the file whatever it says; None where it would not."""
+def unsafe_to_use(path: Path) -> PolicyError | None:
+    """Return why `load_policy` would refuse the file whatever it says; None where it would not.
+
+    It is an OtherOwnerError where another user could use the file.
+    """
     try:
         read_safely(path)
     except PolicyError as error:
-        return str(error)
+        return error
     return None
 
 
@@ -151,16 +159,17 @@ def _is_shipped(real: Path) -> bool:
     return real.parent == bundled("policies").resolve()
 
 
-def _unsafe(status: os.stat_result, *, shipped_file: bool) -> str | None:
+def _require_safe(status: os.stat_result, path: Path, *, shipped_file: bool) -> None:
     if not stat.S_ISREG(status.st_mode):
-        return "expected a plain file"
+        raise PolicyError(f"{path}: expected a plain file")
     if shipped_file:
-        return None
-    if status.st_uid not in {0, os.geteuid()}:
-        return "belongs to another user; root or the user that runs this has to own it"
+        return
     if status.st_mode & _WRITABLE_BY_OTHERS:
-        return "others than its owner may write to it; run: chmod go-w on it"
-    return None
+        raise PolicyError(f"{path}: others than its owner may write to it; run: chmod go-w on it")
+    if status.st_uid not in {0, os.geteuid()}:
+        raise OtherOwnerError(
+            f"{path}: belongs to another user; root or the user that runs this has to own it"
+        )
 
 
 def _bounded(raw: bytes, path: Path) -> bytes:

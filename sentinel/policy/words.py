@@ -52,13 +52,15 @@ def promise(policy: Policy) -> str:
 def limits(policy: Policy) -> str:
     """Say what the limits are."""
     rules = policy.limits
-    parts = [
-        f"An update with fewer than {rules.min_patients} patients behind it is withheld."
-        if rules.min_patients
-        else "No least number of patients is asked for."
-    ]
+    parts = ["No least number of patients is asked for."]
+    if rules.min_patients:
+        fewer = f"An update with fewer than {rules.min_patients} patients behind it is withheld"
+        promised = policy.privacy is not None
+        parts = [fewer + (" (the public size of the cohort counts)." if promised else ".")]
     if rules.rounds_per_day:
         parts.append(f"At most {rules.rounds_per_day} updates leave per day.")
+    if rules.keep_releases:
+        parts.append(f"The newest {rules.keep_releases} released updates stay on disk for retries.")
     allowed = ", ".join(rules.metrics) or "none"
     parts.append(f"Metrics that may leave: {allowed}.")
     if rules.statistics == "as-parameters":

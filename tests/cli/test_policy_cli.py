@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,6 +19,8 @@ from sentinel.cli import policy as cli
 from sentinel.cli import policy_screen
 from sentinel.policy import load_policy
 from sentinel.policy.schema import json_schema
+from sentinel.privacy import GaussianEvent, Promise, total
+from sentinel.terms import Adjacency, Unit
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -105,11 +111,103 @@ def test_check_against_a_model_names_globs_that_match_nothing(folder: Path, mode
     assert 'error: rule "head": haed.** matches no parameter of this model' in text
 
 
-def test_check_warns_of_a_file_that_could_not_be_used(folder: Path) -> None:
-    (folder / "ours.toml").chmod(0o666)
+@pytest.mark.parametrize("mode", [0o666, 0o664, 0o646])
+def test_check_fails_for_a_file_that_others_may_write_to(folder: Path, mode: int) -> None:
+    ours = folder / "ours.toml"
+    ours.chmod(mode)
+    code, text = run("check", folder)
+    assert code == 1
+    assert f"{ours}: FAILED\n  error: would be refused where it is used: others than" in text
+    assert run_json("check", ours)[1]["files"][0]["ok"] is False
+
+
+def test_check_fails_for_a_link_out_of_its_folder(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "ours.toml").symlink_to(folder / "ours.toml")
+    code, text = run("check", tmp_path / "links")
+    assert code == 1
+    assert "error: would be refused where it is used: is a link that leaves its folder" in text
+
+
+def test_check_only_warns_of_a_file_of_somebody_else(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who checks it, as in a change pipeline, need not be who uses it."""
+    owner = (folder / "ours.toml").stat().st_uid
+    if owner == 0:
+        os.chown(folder / "ours.toml", 4711, -1)
+    monkeypatch.setattr(os, "geteuid", lambda: 4712)
     code, text = run("check", folder)
     assert code == 0
-    assert "would be refused where it is used" in text
+    assert "warning: would be refused where it is used: belongs to another user" in text
+
+
+SITE = """\
+schema = 1
+name = "site"
+[privacy]
+unit = "site"
+epsilon = 8
+delta = 1e-6
+clip_norm = 1
+noise_multiplier = {}
+[[rule]]
+id = "all"
+"""
+
+
+@pytest.mark.parametrize("noise_multiplier", [1, 2, 4.5, 16, 100])
+def test_check_counts_the_releases_that_the_ledger_will_allow(
+    tmp_path: Path, noise_multiplier: float
+) -> None:
+    """The figure is the last count whose total stays in the budget; one more is over it."""
+    path = tmp_path / "site.toml"
+    path.write_text(SITE.format(noise_multiplier), encoding="utf-8")
+    code, text = run("check", path)
+    promise = Promise(Unit.SITE, Adjacency.REPLACE, 8.0, 1e-6)
+    event = GaussianEvent(
+        unit=Unit.SITE, adjacency=Adjacency.REPLACE, noise_multiplier=noise_multiplier
+    )
+    counted = re.search(r"pays for ([\d,]+) release", text)
+    count = 0 if counted is None else int(counted[1].replace(",", ""))
+    assert total({event: count + 1}, promise).epsilon > 8
+    assert count == 0 or total({event: count}, promise).epsilon <= 8
+    assert code == (1 if count == 0 else 0)
+    assert ("error: releases nothing: one release alone" in text) is (count == 0)
+    assert (count == 0) is (noise_multiplier == 1)
+
+
+def test_explain_says_for_how_many_releases_a_promise_lasts(tmp_path: Path) -> None:
+    path = tmp_path / "site.toml"
+    path.write_text(SITE.format(16), encoding="utf-8")
+    assert "pays for 150 releases, then nothing leaves" in run("explain", path)[1]
+
+
+def test_check_stops_counting_releases_at_a_million(tmp_path: Path) -> None:
+    path = tmp_path / "site.toml"
+    path.write_text(SITE.format("1e6"), encoding="utf-8")
+    code, text = run("check", path)
+    assert (code, "pays for 1,000,000 or more releases" in text) == (0, True)
+
+
+@pytest.mark.parametrize("unit", ["patient", "record"])
+def test_check_fails_for_a_promise_that_this_version_cannot_keep(tmp_path: Path, unit: str) -> None:
+    path = tmp_path / "private.toml"
+    text = SITE.format(16).replace('"site"\nepsilon', f'"{unit}"\npatients = 100\nepsilon')
+    path.write_text(text, encoding="utf-8")
+    code, told = run("check", path)
+    assert code == 1
+    assert f'error: releases nothing: privacy.unit = "{unit}" needs private training' in told
+
+
+def test_check_without_a_promise_does_not_wait_for_the_accountant(folder: Path) -> None:
+    """Only a promise needs dp-accounting, which takes a second to import."""
+    code = (
+        "import sys; from typer.testing import CliRunner; from sentinel.cli.policy import app; "
+        "done = CliRunner().invoke(app, ['check', sys.argv[1]]); "
+        "sys.exit(done.exit_code or 'dp_accounting' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(folder)], check=True)  # noqa: S603 - fixed code
 
 
 def test_test_fails_with_what_came_and_with_what_is_not_covered(folder: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import TYPE_CHECKING, Any
 
@@ -122,6 +124,63 @@ def test_the_report_stands_alone_and_says_what_was_measured(result: run.DemoResu
         f"{result.xrays.ssim_raw:.2f}",
     ):
         assert said in " ".join(reader.text.split())
+
+
+def words(result: run.DemoResult) -> str:
+    """What a report says, without its tags."""
+    reader = Reader()
+    reader.feed(report_html(result))
+    return " ".join(reader.text.split())
+
+
+def test_a_difference_stands_with_its_estimate_and_its_bound(result: run.DemoResult) -> None:
+    reads = result.hearts.unguarded
+    assert reads.advantage < reads.interval.high
+    assert f"{reads.advantage:.3f} (up to {reads.interval.high:.3f})" in words(result)
+
+
+def test_what_rounds_to_zero_has_no_minus_sign(result: run.DemoResult) -> None:
+    example = result.hearts.examples[0]
+    nothing = dict.fromkeys(example.truth, -0.04)
+    example = replace(example, unguarded=nothing, sanitized=nothing)
+    hearts = replace(result.hearts, examples=(example,), auc_losses=(-0.0004,))
+    text = words(replace(result, hearts=hearts))
+    assert "-0.0 " not in text
+    assert "over hospitals: +0.000." in text
+
+
+def test_every_round_has_a_letter_and_its_decision_in_words(result: run.DemoResult) -> None:
+    """Colour alone and a tooltip say nothing to some readers."""
+    html, notes = report_html(result), result.hearts.notes
+    cells = re.findall(r'<span class="mark (\w+)" title="[^"]*">(\w)</span>', html)
+    assert cells == [
+        (note.outcome.action, {"released": "S", "refused": "R"}[note.outcome.action])
+        for note in sorted(notes, key=lambda note: note.site)
+    ]
+    details = html[html.index("<details>") : html.index("</details>")]
+    assert details.count("<tr>") == 1 + HEARTS.rounds
+    assert details.count("refused; reason crafted-model; verdict binning; suspicion") == 4
+    assert details.count("released; suspicion") == len(notes) - 4
+
+
+@pytest.mark.parametrize(
+    ("keep", "rules", "said"),
+    [
+        (1.0, ("baseline",), "let out by rule baseline: its norm of"),
+        (1.0, ("baseline",), "all coordinates are kept."),
+        (0.25, ("baseline", "leaky"), "let out by rules baseline, leaky: its norm of"),
+        (0.25, ("baseline", "leaky"), "25% of the coordinates are kept."),
+    ],
+)
+def test_the_treatment_of_the_x_rays_reads_like_prose(
+    result: run.DemoResult, keep: float, rules: tuple[str, ...], said: str
+) -> None:
+    treatment = replace(result.xrays.treatment, keep=keep, rules=rules)
+    text = words(replace(result, xrays=replace(result.xrays, treatment=treatment)))
+    assert said in text
+    assert f"The net: {result.xrays.net}" in text
+    found = round(result.xrays.reid_top1 * result.xrays.batch_size)
+    assert f"ranks the true one first for {found} of {result.xrays.batch_size}," in text
 
 
 def test_the_montage_shows_every_picture(result: run.DemoResult) -> None:

@@ -6,7 +6,7 @@ import datetime as dt
 
 import pytest
 
-from sentinel.policy.checks import Severity, check, failed
+from sentinel.policy.checks import MANY_RELEASES, Severity, check, failed
 from sentinel.policy.parsing import parse_toml
 from sentinel.policy.schema import Policy
 
@@ -18,7 +18,10 @@ STOPS = (
     '[[rule]]\nid = "crafted"\nwhen = { suspicion = 0.5 }\naction = "refuse-round"\n'
     '[[rule]]\nid = "broken"\nwhen = { unhealthy = true }\naction = "refuse-round"\n'
 )
-SITE = '[privacy]\nunit = "site"\nepsilon = 8\ndelta = 1e-6\nclip_norm = 1\nnoise_multiplier = 1\n'
+SITE = (
+    '[privacy]\nunit = "site"\npatients = 100\nepsilon = 8\ndelta = 1e-6\nclip_norm = 1\n'
+    "noise_multiplier = 1\n"
+)
 RULE = '[[rule]]\nid = "r"\n'
 
 
@@ -27,6 +30,33 @@ def findings(text: str, model: dict[str, int] | None = None) -> list[tuple[str, 
     found = check(policy, TODAY, model)
     assert failed(found) is any(one.severity is Severity.ERROR for one in found)
     return [(one.severity.value, one.rule, one.message) for one in found]
+
+
+@pytest.mark.parametrize("unit", ["patient", "record"])
+def test_a_promise_that_this_version_cannot_keep_is_an_error(unit: str) -> None:
+    text = HEAD + SITE.replace("site", unit) + STOPS + '[[rule]]\nid = "b"\nmax_norm = 1\n'
+    (error,) = (one for one in findings(text) if one[0] == "error")
+    assert error[2].startswith(f'releases nothing: privacy.unit = "{unit}" needs private training')
+    assert "promise-not-kept" in error[2]
+
+
+@pytest.mark.parametrize(
+    ("releases", "severity", "said"),
+    [
+        (0, Severity.ERROR, "releases nothing: one release alone spends more than epsilon 8"),
+        (1, Severity.NOTE, "pays for 1 release, "),
+        (1500, Severity.NOTE, "pays for 1,500 releases, "),
+        (MANY_RELEASES, Severity.NOTE, "pays for 1,000,000 or more releases, "),
+    ],
+)
+def test_a_budget_is_told_in_releases_and_for_none_it_is_an_error(
+    releases: int, severity: Severity, said: str
+) -> None:
+    text = HEAD + SITE + STOPS + '[[rule]]\nid = "b"\n'
+    policy = parse_toml(text.encode(), "p.toml", Policy)
+    found = check(policy, TODAY, releases=releases)
+    assert [one.severity for one in found if said in one.message] == [severity]
+    assert failed(found) is (releases == 0)
 
 
 def test_a_sound_policy_has_nothing_but_the_note_on_its_promise() -> None:

@@ -11,8 +11,10 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from sentinel.cli.policy import app
+from sentinel.policy import decide
 from sentinel.policy.parsing import parse_toml
 from sentinel.policy.schema import Policy
+from sentinel.terms import Action, Evidence
 
 if TYPE_CHECKING:
     import pytest
@@ -47,6 +49,31 @@ def test_the_worked_example_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             corrected = policy.read_text(encoding="utf-8").replace("clasifier", "classifier")
             policy.write_text(corrected, encoding="utf-8")
     assert shown == 8
+
+
+def blocks_with(text: str) -> list[str]:
+    """The TOML blocks of the page that hold a text."""
+    page = DOCS.read_text(encoding="utf-8")
+    return [block for kind, block in _BLOCK.findall(page) if kind == "toml" and text in block]
+
+
+def test_the_pair_of_rules_for_noise_holds_back_what_the_page_says() -> None:
+    (pair,) = blocks_with("not-the-head")
+    policy = parse_toml(f'schema = 1\nname = "p"\n{pair}'.encode(), "page", Policy)
+    names = {"encoder.weight": 640, "classifier.weight": 10}
+    plan = decide(policy, Evidence(names, 0.0, 0.0, 0.0, unhealthy=False))
+    actions = {name: treatment.action for name, treatment in plan.treatments.items()}
+    assert actions == {"encoder.weight": Action.RELEASE, "classifier.weight": Action.WITHHOLD}
+
+
+def test_the_promise_of_the_page_pays_for_as_many_releases_as_it_says(tmp_path: Path) -> None:
+    (promise,) = blocks_with("[privacy]")
+    path = tmp_path / "promise.toml"
+    path.write_text(f'schema = 1\nname = "p"\n{promise}[[rule]]\nid = "all"\n', encoding="utf-8")
+    done = CliRunner().invoke(app, ["check", str(path)])
+    assert done.exit_code == 0, done.output
+    (count,) = re.findall(r"\((\d+) here\)", DOCS.read_text(encoding="utf-8"))
+    assert f"pays for {count} releases" in done.output
 
 
 def test_the_first_rule_of_the_page_is_a_rule() -> None:

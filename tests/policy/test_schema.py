@@ -88,7 +88,11 @@ def test_noise_is_measured_by_the_largest_bound_on_everything() -> None:
 LEAKY = '[[rule]]\nid = "r"\n'
 
 REFUSED = [
-    ('schema = 2\nname = "p"\n', "schema: expected a number of 1 or less; got 2"),
+    (
+        'schema = 2\nname = "p"\n',
+        "schema: this version reads schema 1; install a newer gradient-sentinel, or write schema",
+    ),
+    ('schema = 0\nname = "p"\n', "schema: expected 1, the only format there is"),
     ('schema = true\nname = "p"\n', "schema: expected a whole number; got true"),
     ('name = "p"\n', "schema: is missing"),
     (HEAD + "extra = 1\n", "extra: unknown key"),
@@ -115,6 +119,12 @@ REFUSED = [
     (HEAD + '[limits]\nstatistics = "drop"\n', "limits.statistics: expected 'withhold' or"),
     (HEAD + SITE + '[limits]\nmetrics = ["loss"]\n', 'under a promise only "num-examples"'),
     (HEAD + PATIENT + "[limits]\nmin_patients = 101\n", "larger than privacy.patients"),
+    (HEAD + SITE + "[limits]\nmin_patients = 8\n", "privacy.patients: is missing; add the public"),
+    (
+        HEAD + "[limits]\nkeep_releases = 0\n",
+        "limits.keep_releases: expected a number of 1 or more",
+    ),
+    (HEAD + "[limits]\nkeep_releases = 1.5\n", "limits.keep_releases: expected a whole number"),
     (HEAD + PATIENT + '[limits]\nstatistics = "as-parameters"\n', "does not cover running"),
     (HEAD + ALL + ALL, 'rule[1].id: "all" is the id of rule[0]'),
     (HEAD + LEAKY + "match = []\n", 'rule[0].match (rule "r"): expected at least 1 entry'),
@@ -159,6 +169,29 @@ def test_what_a_file_may_not_say(text: str, sentence: str) -> None:
     assert sentence in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        HEAD + LEAKY + "noise_ratio = 1\n",
+        HEAD + SITE + LEAKY + 'match = ["a"]\nnoise_ratio = 1\n',
+    ],
+)
+def test_who_needs_a_rule_for_everything_is_told_how_to_keep_the_rest_back(text: str) -> None:
+    """Following the first half of the sentence alone would let more leave than before."""
+    with pytest.raises(PolicyError) as caught:
+        parse(text)
+    assert "match ** (or no match)" in str(caught.value)
+    assert 'one more rule, match = [...] with action = "withhold"' in str(caught.value)
+
+
+def test_a_promise_takes_a_least_number_with_the_public_size_beside_it() -> None:
+    policy = parse(HEAD + SITE + "patients = 100\n[limits]\nmin_patients = 8\nkeep_releases = 3\n")
+    assert policy.privacy is not None
+    assert policy.privacy.patients == 100
+    assert (policy.limits.min_patients, policy.limits.keep_releases) == (8, 3)
+    assert parse(HEAD).limits.keep_releases is None
+
+
 def test_an_empty_policy_is_a_policy() -> None:
     """It lets nothing out, which `check` says; it is not a mistake of form."""
     assert parse(HEAD).rules == ()
@@ -175,6 +208,8 @@ def test_json_schema_names_every_key_by_its_name_in_the_file() -> None:
         *("schema", "name", "dataset", "expires", "privacy", "limits", "rule")
     }
     assert schema["required"] == ["schema", "name"]
+    version: dict[str, Any] = schema["properties"]["schema"]
+    assert (version["minimum"], version["maximum"]) == (1, 1)
     rule: dict[str, Any] = schema["$defs"]["Rule"]
     assert rule["properties"]["action"]["enum"] == [action.word for action in Action]
     assert rule["properties"]["action"]["default"] == "release"

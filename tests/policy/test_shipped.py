@@ -10,7 +10,7 @@ import pytest
 from sentinel.paths import bundled
 from sentinel.policy import load_policy, refuses
 from sentinel.policy.cases import parse_cases, run_cases
-from sentinel.policy.checks import Severity, check
+from sentinel.policy.checks import Severity, check, failed
 from sentinel.policy.parsing import parse_toml
 from sentinel.policy.schema import Policy, json_schema
 from sentinel.policy.starter import starter
@@ -52,6 +52,7 @@ def test_a_shipped_policy_has_what_every_one_should_have(name: str) -> None:
     assert policy.limits.min_patients is not None
     assert policy.limits.min_patients >= 8
     assert policy.limits.metrics == ("num-examples",)
+    assert policy.limits.keep_releases == 20
     assert refuses(policy, 0.5, unhealthy=False).refused
     assert refuses(policy, 0.0, unhealthy=True).refused
     assert refuses(policy, 0.49, unhealthy=False).action is Action.RELEASE
@@ -64,6 +65,13 @@ def test_a_shipped_policy_says_that_it_promises_nothing_formal(name: str) -> Non
     assert "no formal guarantee" in text
     assert "# Provenance of the figures" in text
     assert text.startswith("#:schema ./policy.schema.json\n")
+
+
+def test_genomics_is_as_strict_as_the_policy_that_it_takes_its_figures_from() -> None:
+    ours, theirs = (load_policy(name).policy.rules for name in ("genomics", "tabular-ehr"))
+    figures = {rule.id: (rule.max_norm, rule.noise_ratio) for rule in ours}
+    for rule in theirs:
+        assert figures[rule.id] == (rule.max_norm, rule.noise_ratio)
 
 
 def test_the_json_schema_beside_them_is_current() -> None:
@@ -81,12 +89,14 @@ def test_the_starter_is_sound_and_passes_its_own_cases() -> None:
 
 
 def test_the_commented_parts_of_the_starter_are_right_too() -> None:
-    """Who takes the comment signs away has a valid policy."""
+    """Who takes the comment signs away, and does what they say, has a policy that releases."""
     lines = starter("our-site")[0].splitlines()
     keys = ("# [", "# id", "# match", "# action", "# unit", "# patients", "# epsilon", "# delta")
     more = ("# clip_norm", "# noise_multiplier", "# dataset", "# expires")
     opened = [line[2:] if line.startswith(keys + more) else line for line in lines]
-    policy = parse_toml("\n".join(opened).encode(), "our-site.toml", Policy)
+    unbound = [line for line in opened if not line.startswith("max_norm")]  # the promise clips
+    policy = parse_toml("\n".join(unbound).encode(), "our-site.toml", Policy)
     assert policy.privacy is not None
+    assert not failed(check(policy, TODAY))
     assert "head-never-leaves" in {rule.id for rule in policy.rules}
     assert policy.expires == dt.date(2027, 6, 30)

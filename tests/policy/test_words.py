@@ -82,6 +82,15 @@ def test_limits_say_what_is_missing_too() -> None:
     )
 
 
+def test_limits_say_what_stays_on_disk_and_which_number_counts_under_a_promise() -> None:
+    site = SITE + "patients = 100\n"
+    told = words.limits(policy(site + "[limits]\nmin_patients = 9\nkeep_releases = 7\n"))
+    assert told.startswith(
+        "An update with fewer than 9 patients behind it is withheld (the public size of the cohort "
+        "counts). The newest 7 released updates stay on disk for retries."
+    )
+
+
 def test_every_action_has_its_words() -> None:
     assert len({words.outcome(action) for action in Action}) == len(Action)
     assert set(words.ACTIONS) == set(Action)
