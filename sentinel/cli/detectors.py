@@ -113,7 +113,7 @@ def _train(name: str, folder: Path, recipe_file: Path | None, *, quick: bool) ->
     from sentinel.detection.bundle import GLOBAL_MODEL, RECIPE
     from sentinel.detection.training.recipe import read_recipe
     from sentinel.paths import bundled
-    from sentinel.stress import corpus
+    from sentinel.stress import corpus, sites
 
     recipe = read_recipe(recipe_file or bundled("detectors") / name / RECIPE)
     recipe = recipe.quick() if quick else recipe
@@ -129,4 +129,4 @@ def _train(name: str, folder: Path, recipe_file: Path | None, *, quick: bool) ->
         )
         train_global_model(recipe, made, folder)
     else:
-        train_sensitivity(recipe, corpus.sites(recipe.nets, recipe.repeats, recipe.seed), folder)
+        train_sensitivity(recipe, sites.sites(recipe.nets, recipe.repeats, recipe.seed), folder)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sentinel.cli.console import REFUSED, AsJson, console, print_json, read_tensors
+from sentinel.terms import Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -54,30 +55,31 @@ def _restructured(found: Inspection) -> bool:
 
 def _print(found: Inspection, names: list[str]) -> None:
     screen = console()
-    health = " The model is unhealthy." if found.unhealthy else ""
+    said = found.verdict is Verdict.UNHEALTHY  # a crafted model may be unhealthy besides
+    health = " The model is unhealthy as well." if found.unhealthy and not said else ""
     screen.print(
         f"Verdict: {found.verdict.value}, suspicion {found.suspicion:.2f}.{health}", markup=False
     )
     for line in sentences(found, names):
-        screen.print(line, markup=False, soft_wrap=True)
+        screen.print(f"  {line}", markup=False, soft_wrap=True)
     if not found.findings:
         screen.print("No rule found anything.")
 
 
 def sentences(found: Inspection, names: list[str]) -> Iterable[str]:
-    """Yield one sentence per finding; names are for this console only."""
+    """Yield one sentence per finding, strongest first; names are for this console only."""
     from sentinel.detection.rules import SENTENCES
 
     for finding in found.findings:
         name = names[finding.layer]
-        yield f"  {name} {SENTENCES[finding.kind]} (strength {finding.strength:.2f})."
+        yield f"{name} {SENTENCES[finding.kind]} (strength {finding.strength:.2f})."
 
 
 def _document(found: Inspection, names: list[str]) -> dict[str, object]:
     findings = [
         {"kind": entry.kind.value, "layer": entry.layer, "name": names[entry.layer]}
-        | {"strength": round(entry.strength, 4)}
-        for entry in found.findings
+        | {"strength": round(entry.strength, 4), "sentence": sentence}
+        for entry, sentence in zip(found.findings, sentences(found, names), strict=True)
     ]
     return {
         "verdict": found.verdict.value,

@@ -7,12 +7,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from sentinel.detection.layers import bias_name
+from sentinel.detection.layers import bias_name, entry_name
 from sentinel.detection.rules import Finding, Kind, ramp
-from sentinel.detection.synthetic import fitting_shape, records, twin, undisturbed, vocabulary
+from sentinel.detection.synthetic import (
+    ModelError,
+    fitting_shape,
+    records,
+    run,
+    twin,
+    vocabulary,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from sentinel.detection.synthetic import Twin
 
 PROBES = 32
 MANY_UNITS = 16
@@ -35,26 +44,39 @@ def behaviour_findings(
         generator: draws the probes.
 
     Returns:
-        Findings, or None where the model could not be probed (no copy, or no fitting input).
+        Findings, or None where the model could not be probed (no copy, no fitting input, or its
+        own code fails).
     """
     copied = twin(model, state)
     if copied is None:
         return None
-    shape = fitting_shape(copied, generator, sample)
-    if shape is None:
+    try:
+        shape = fitting_shape(copied.module, generator, sample)
+        if shape is None:
+            return None
+        probes = records(PROBES, shape, generator, tokens=vocabulary(copied.module))
+        fired, output = _fired(copied.module, probes)
+    except ModelError:
         return None
-    probes = records(PROBES, shape, generator, tokens=vocabulary(copied))
-    fired, output = _fired(copied, probes)
-    order = {name: index for index, name in enumerate(sorted(state))}
-    found = []
+    return list(_findings(copied, fired, output, sorted(state)))
+
+
+def _findings(
+    copied: Twin, fired: Mapping[str, Tensor], output: Tensor, entries: Sequence[str]
+) -> Iterator[Finding]:
+    """Yield what the probes showed; a layer whose weight is in no entry of its own is passed by."""
+    places = {
+        name: entries.index(copied.names[own])
+        for name in fired
+        if (own := entry_name(name, "weight")) in copied.names
+    }
     if not bool(torch.isfinite(output).all()) or float(output.abs().max()) > FINITE_OUTPUT:
-        last = order[f"{list(fired)[-1]}.weight"] if fired else 0
-        found.append(Finding(Kind.EXPLODED, last))
-    for name, on in fired.items():
-        strength = _exclusive(on, state, name)
+        yield Finding(Kind.EXPLODED, list(places.values())[-1] if places else 0)
+    for name, place in places.items():
+        has_bias = bias_name(entry_name(name, "weight")) in copied.names
+        strength = _exclusive(fired[name]) if has_bias else 0.0
         if strength > 0.0:
-            found.append(Finding(Kind.EXCLUSIVE_UNITS, order[f"{name}.weight"], strength))
-    return found
+            yield Finding(Kind.EXCLUSIVE_UNITS, place, strength)
 
 
 def _fired(model: nn.Module, probes: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -63,7 +85,7 @@ def _fired(model: nn.Module, probes: Tensor) -> tuple[dict[str, Tensor], Tensor]
 
     def watch(name: str) -> None:
         def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-            if isinstance(output, Tensor) and len(output) == len(probes):
+            if isinstance(output, Tensor) and output.ndim > 1 and len(output) == len(probes):
                 fired[name] = _units(model.get_submodule(name), output) > 0
 
         model.get_submodule(name).register_forward_hook(hook)
@@ -71,8 +93,8 @@ def _fired(model: nn.Module, probes: Tensor) -> tuple[dict[str, Tensor], Tensor]
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
             watch(name)
-    with torch.no_grad(), undisturbed():
-        output = model(probes)
+    with torch.no_grad():
+        output = run(model, probes)
     return fired, output
 
 
@@ -82,10 +104,9 @@ def _units(module: nn.Module, output: Tensor) -> Tensor:
     return output.movedim(axis, 1).flatten(2).amax(2) if output.ndim > 2 else output  # noqa: PLR2004  # [probes, units] already
 
 
-def _exclusive(on: Tensor, state: Mapping[str, Tensor], name: str) -> float:
+def _exclusive(on: Tensor) -> float:
     """Share of units that fire for exactly one probe, as a strength; weak evidence alone."""
-    units = on.shape[1]
-    if units < MANY_UNITS or bias_name(f"{name}.weight") not in state:
+    if on.shape[1] < MANY_UNITS:
         return 0.0
     share = float((on.sum(0) == 1).double().mean())
     return 0.4 * ramp(share, 0.3, 0.5)

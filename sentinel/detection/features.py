@@ -76,6 +76,12 @@ class TensorFeatures:
 FEATURES: tuple[str, ...] = tuple(field.name for field in fields(TensorFeatures))
 
 
+# Where fewer records move each feature: fewer directions, more stillness, less evenly spread.
+FEWER: dict[str, int] = dict.fromkeys(FEATURES, -1) | dict.fromkeys(
+    ("twins", "faint_rows", "peak", "faint", "faint_columns"), 1
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Measured:
     """The features of one tensor of an update.

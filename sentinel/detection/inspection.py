@@ -17,6 +17,7 @@ from sentinel.detection.bundle import GLOBAL_MODEL, Detector, load_detector
 from sentinel.detection.history import History, scales_of, structure_of
 from sentinel.detection.layers import Layer, layers_of
 from sentinel.detection.rules import Finding, Kind
+from sentinel.detection.synthetic import is_uninitialised
 from sentinel.detection.weights import LayerStatistics, layer_statistics
 from sentinel.errors import MisuseError
 from sentinel.terms import Verdict
@@ -104,6 +105,9 @@ def _require_state(state: object, what: str) -> None:
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             msg = f"{what} must map names to tensors; an entry is something else"
+            raise MisuseError(msg)
+        if is_uninitialised(value):
+            msg = f"{what} has an entry without a shape; run the lazy model on one input first"
             raise MisuseError(msg)
 
 

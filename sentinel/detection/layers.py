@@ -52,6 +52,11 @@ def layers_of(state: Mapping[str, Tensor]) -> list[Layer]:
     return [_layer(order[name], name, value, state, widths) for name, value in matrices.items()]
 
 
+def entry_name(module: str, leaf: str) -> str:
+    """Return the name of a module's own entry; the root module's has no prefix."""
+    return f"{module}.{leaf}" if module else leaf
+
+
 def bias_name(name: str) -> str:
     """Return the name that the bias of weight `name` has by PyTorch's habit."""
     head, dot, leaf = name.rpartition(".")

@@ -21,12 +21,22 @@ from torch import nn
 from sentinel.detection.features import (
     FEATURE_VERSION,
     FEATURES,
+    FEWER,
     Measured,
     update_features,
 )
 from sentinel.detection.history import structure_of
 from sentinel.detection.rounds import Spec, drawn_labels, local_round, measured_leakage
-from sentinel.detection.synthetic import fitting_shape, records, twin, vocabulary
+from sentinel.detection.synthetic import (
+    Columns,
+    ModelError,
+    fitting_shape,
+    foreign,
+    is_uninitialised,
+    records,
+    twin,
+    vocabulary,
+)
 from sentinel.durable import replace_file
 from sentinel.errors import MisuseError
 
@@ -56,6 +66,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "gaps": ("faint_rows", "faint", "faint_columns"),
     "shape": ("row_spread", "column_spread", "flatness", "peak", "spread"),
 }
+_FEWER = np.array([FEWER[name] for name in FEATURES])
 RELATIVE: tuple[str, ...] = (*GROUPS, "all")  # the names of what the detector sees
 _MEMBERS = [[FEATURES.index(name) for name in names] for names in GROUPS.values()]
 
@@ -68,10 +79,40 @@ FEW: Specs = (
     (Spec(4, 4), 3),
     (Spec(8, 8), 3),
 )
-ORDINARY: tuple[Specs, ...] = (
-    ((Spec(64, 64), 5), (Spec(128, 128), 3)),  # one step
-    ((Spec(64, 16, 2), 5), (Spec(128, 32, 2), 3)),  # federated averaging
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """One ordinary way to train.
+
+    Attributes:
+        ordinary: rounds of many records.
+        single: rounds of one record, trained alike.
+        raw: on columns that nobody scaled; only for models of plain rows.
+    """
+
+    ordinary: Specs
+    single: Specs = SINGLE
+    raw: bool = False
+
+
+BASE: tuple[Mode, ...] = (
+    Mode(((Spec(64, 64), 5), (Spec(128, 128), 3))),  # one step
+    Mode(((Spec(64, 16, 2), 5), (Spec(128, 32, 2), 3))),  # federated averaging
 )
+ADAM = Mode(
+    ((Spec(64, 16, 2, 1e-3, adam=True), 4), (Spec(128, 32, 3, 1e-3, adam=True), 4)),
+    ((Spec(1, 1, 1, 1e-3, adam=True), 3), (Spec(1, 1, 4, 1e-3, adam=True), 3)),
+)
+RAW = (
+    Mode(((Spec(64, 32, 2, 1e-3), 4), (Spec(128, 32, 3, 1e-3), 4)), raw=True),
+    replace(ADAM, raw=True),
+)
+MODES: tuple[Mode, ...] = (*BASE, ADAM, *RAW)
+# Modes beyond the first two only excuse an update that they explain: not far on their calm side,
+# and nearer to their ordinary rounds than to one record's.
+OVERSHOOT = 0.2
+NEARER = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,18 +154,23 @@ class Reference:
             of one record would, [2, relative], in the order of `RELATIVE`.
         """
         per_tensor: list[list[Vector]] = []
-        pulls = np.zeros((len(ORDINARY), len(FEATURES)))
-        weights = np.zeros((len(ORDINARY), len(FEATURES)))
+        pulls = np.zeros((len(MODES), len(FEATURES)))
+        weights = np.zeros((len(MODES), len(FEATURES)))
+        beyond = np.zeros(len(MODES))
         for entry in measured:
             vectors = []
             for mode, place in enumerate(self.places.get(entry.names[0], ())):
                 pull, weight = _pull(np.asarray(entry.vector), place)
                 pulls[mode] += pull
                 weights[mode] += weight
+                beyond[mode] -= float(np.minimum(pull, 0.0).sum())
                 if weight.any():
                     vectors.append(_pair(pull, weight))
             per_tensor.append(vectors)
-        told = [mode for mode in range(len(ORDINARY)) if weights[mode].any()]
+        fits = beyond <= OVERSHOOT * weights.sum(axis=1)
+        fits &= [_is_nearer(*rows) for rows in zip(pulls, weights, strict=True)]
+        fits[: len(BASE)] = True
+        told = [mode for mode in range(len(MODES)) if weights[mode].any() and fits[mode]]
         return per_tensor, [_pair(pulls[mode], weights[mode]) for mode in told]
 
 
@@ -138,6 +184,12 @@ def _pull(vector: Vector, place: Place) -> tuple[Vector, Vector]:
 def _pair(pull: Vector, weight: Vector) -> Vector:
     """Where the update lies, and where one record would: at 1 wherever there is weight."""
     return np.stack([_grouped(pull, weight), _grouped(weight, weight)])
+
+
+def _is_nearer(pull: Vector, weight: Vector) -> bool:
+    """Whether an update is nearer to ordinary rounds, by all features and by its rank alone."""
+    place = _grouped(pull, weight)
+    return bool(max(place[RELATIVE.index("rank")], place[RELATIVE.index("all")]) <= NEARER)
 
 
 def _grouped(pull: Vector, weight: Vector) -> Vector:
@@ -172,31 +224,55 @@ def build_reference(
         The reference; the same for the same arguments.
 
     Raises:
-        MisuseError: the model cannot be copied, takes none of the shapes that were tried, or is so
-            large that the rounds would take longer than `patience`.
+        MisuseError: the model cannot be copied, takes none of the shapes that were tried, raises
+            an exception of its own, or is so large that the rounds would take longer than
+            `patience`.
 
     Guarantees:
         No record is read. The global random generators are as they were.
     """
-    cache = None if folder is None else folder / f"reference-{_digest(model, global_state)}.json"
+    try:
+        return _kept_or_built(model, global_state, sample, folder, patience)
+    except ModelError as error:
+        msg = (
+            "no reference can be built for this model: it could not be copied, takes none of the "
+            "inputs that were tried, or fails on them; say `sample=` (the shape of one input) or "
+            "score without a reference"
+        )
+        raise MisuseError(msg) from error
+
+
+def _kept_or_built(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    sample: Sequence[int] | None,
+    folder: Path | None,
+    patience: float,
+) -> Reference:
+    if any(map(is_uninitialised, state.values())):
+        msg = "the global state has entries without a shape"
+        raise ModelError(msg)
+    cache = None if folder is None else folder / f"reference-{_digest(model, state)}.json"
     if cache is not None and (kept := _read(cache)) is not None:
         return kept
-    copied = twin(model, global_state)
+    copied = twin(model, state)
     generator = torch.Generator().manual_seed(SEED)
-    shape = None if copied is None else fitting_shape(copied, generator, sample)
+    shape = None if copied is None else fitting_shape(copied.module, generator, sample)
     if copied is None or shape is None:
-        msg = (
-            "no reference can be built for this model: it could not be copied, or it takes none "
-            "of the inputs that were tried; say `sample=` (the shape of one input) or score "
-            "without a reference"
-        )
-        raise MisuseError(msg)
-    _require_patience(copied, shape, patience)
-    reference = _build(copied, shape, generator)
+        msg = "there is no copy, or no input that it takes"
+        raise ModelError(msg)
+    _require_patience(copied.module, shape, patience)
+    reference = _renamed(_build(copied.module, shape, generator), copied.names)
     if cache is not None:
         cache.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         replace_file(cache, _written(reference))
     return reference
+
+
+def _renamed(reference: Reference, names: Mapping[str, str]) -> Reference:
+    """Name the tensors as the global state does, so that its updates find them."""
+    places = {names.get(own, own): found for own, found in reference.places.items()}
+    return replace(reference, places=places)
 
 
 def _require_patience(module: nn.Module, shape: Sequence[int], patience: float) -> None:
@@ -208,7 +284,7 @@ def _require_patience(module: nn.Module, shape: Sequence[int], patience: float) 
     seconds = (time.perf_counter() - start) / 2
     passes = sum(
         spec.records * spec.epochs * repeats
-        for specs in (SINGLE, FEW, *ORDINARY)
+        for specs in (SINGLE, FEW, *(specs for m in MODES for specs in (m.single, m.ordinary)))
         for spec, repeats in _fewer(specs, _is_large(module))
     )
     if seconds * passes > patience and seconds > SLOW:
@@ -222,20 +298,39 @@ def _require_patience(module: nn.Module, shape: Sequence[int], patience: float) 
 
 def _digest(model: nn.Module, state: Mapping[str, Tensor]) -> str:
     """SHA-256 over what the model is made of, without any value."""
-    text = json.dumps([FEATURE_VERSION, RELATIVE, repr(model), structure_of(state)])
+    with foreign():
+        shown = repr(model)
+    text = json.dumps([FEATURE_VERSION, RELATIVE, repr(MODES), shown, structure_of(state)])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _build(module: nn.Module, shape: Sequence[int], generator: torch.Generator) -> Reference:
     large = _is_large(module)
-    single = list(_rounds(module, shape, _fewer(SINGLE, large), generator))
-    few = list(_rounds(module, shape, _fewer(FEW, large), generator))
-    modes = [list(_rounds(module, shape, _fewer(mode, large), generator)) for mode in ORDINARY]
-    leaks = [[leak for _, leak in mode if leak is not None] for mode in modes]
+
+    def rounds(specs: Specs, columns: Columns | None = None) -> list[Round]:
+        return list(_rounds(module, shape, _fewer(specs, large), generator, columns))
+
+    single, few = rounds(SINGLE), rounds(FEW)
+    found = []
+    for mode in MODES:
+        if mode in BASE:
+            found.append((single, few, rounds(mode.ordinary)))
+        elif not mode.raw:
+            found.append((rounds(mode.single), [], rounds(mode.ordinary)))
+        elif _is_row(module, shape):
+            columns = Columns.drawn(shape[0], generator)
+            found.append((rounds(mode.single, columns), [], rounds(mode.ordinary, columns)))
+        else:
+            found.append(([], [], []))
+    leaks = [[leak for _, leak in many if leak is not None] for _, _, many in found[: len(BASE)]]
     return Reference(
-        places=places(_features(single), _features(few), [_features(mode) for mode in modes]),
+        places=places([(_features(a), _features(b), _features(c)) for a, b, c in found]),
         floor=max((float(np.mean(mode)) for mode in leaks if mode), default=0.0),
     )
+
+
+def _is_row(module: nn.Module, shape: Sequence[int]) -> bool:
+    return len(shape) == 1 and vocabulary(module) is None
 
 
 def _is_large(module: nn.Module) -> bool:
@@ -255,6 +350,7 @@ def _fewer(specs: Specs, large: bool) -> Specs:  # noqa: FBT001  # private
 
 
 Features = dict[str, list[float]]
+Round = tuple[Features, float | None]
 
 
 def _rounds(
@@ -262,14 +358,19 @@ def _rounds(
     shape: Sequence[int],
     specs: Specs,
     generator: torch.Generator,
+    columns: Columns | None = None,
 ) -> Iterator[tuple[Features, float | None]]:
     """Yield features and measured leakage of synthetic rounds, in order; diverged ones not."""
     tokens = vocabulary(module)
     state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     for spec, repeats in specs:
         for _ in range(repeats):
-            inside = records(spec.records, shape, generator, tokens=tokens)
-            outside = records(OUTSIDERS, shape, generator, tokens=tokens)
+            if columns is None:
+                inside = records(spec.records, shape, generator, tokens=tokens)
+                outside = records(OUTSIDERS, shape, generator, tokens=tokens)
+            else:
+                inside = columns.draw(spec.records, generator)
+                outside = columns.draw(OUTSIDERS, generator)
             labels = drawn_labels(module, inside, generator, likely=spec.records >= MANY)
             deltas = _finite_round(module, inside, labels, spec)
             if deltas is None:
@@ -291,25 +392,24 @@ def _finite_round(
 
 
 def places(
-    single: Sequence[Features], few: Sequence[Features], modes: Sequence[Sequence[Features]]
+    modes: Sequence[tuple[Sequence[Features], Sequence[Features], Sequence[Features]]],
 ) -> dict[str, tuple[Place, ...]]:
     """Locate each tensor's features between ordinary and revealing rounds.
 
     Args:
-        single: tensor name -> features of each round of a single record.
-        few: the same for rounds of few records.
-        modes: the same for ordinary rounds, by mode.
+        modes: per mode tensor name -> features of each round of a single record, of few records
+            and of many.
 
     Returns:
         Tensor name -> one place per mode; a tensor that moved in too few rounds is left out.
     """
     found = {}
-    for name in sorted({name for features in single for name in features}):
-        alone = _stacked(single, name)
-        revealing = _stacked([*single, *few], name)
-        if len(alone) > 1:
-            many = [_stacked(mode, name) for mode in modes]
-            found[name] = tuple(_place(revealing, alone, mode) for mode in many)
+    for name in sorted({name for features in modes[0][0] for name in features}):
+        if len(_stacked(modes[0][0], name)) > 1:
+            found[name] = tuple(
+                _place(_stacked([*alone, *few], name), _stacked(alone, name), _stacked(many, name))
+                for alone, few, many in modes
+            )
     return found
 
 
@@ -318,14 +418,14 @@ def _stacked(rounds: Sequence[Features], name: str) -> Vector:
 
 
 def _place(few: Vector, single: Vector, many: Vector) -> Place:
-    if len(many) <= 2:  # noqa: PLR2004  # no spread can be told: the mode says nothing
+    if len(many) <= 2 or len(single) <= 1:  # noqa: PLR2004  # no spread can be told: says nothing
         nothing = np.zeros(len(FEATURES))
         return Place(nothing, nothing, nothing)
     ordinary = np.median(many, axis=0)
     gap = np.median(single, axis=0) - ordinary
     scatter = np.sqrt(many.var(axis=0) + 0.5 * few.var(axis=0) + NOISE**2)
-    weight = (few - ordinary).mean(axis=0) * np.sign(gap) / scatter
-    told = (np.abs(gap) > LEAST_GAP) & (weight > LEAST_WEIGHT)
+    weight = (few - ordinary).mean(axis=0) * _FEWER / scatter
+    told = (gap * _FEWER > LEAST_GAP) & (weight > LEAST_WEIGHT)
     return Place(ordinary, gap, np.where(told, np.minimum(weight, MOST_WEIGHT), 0.0))
 
 
@@ -349,7 +449,7 @@ def _read(path: Path) -> Reference | None:
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
     fitting = all(
-        len(modes) == len(ORDINARY)
+        len(modes) == len(MODES)
         and all(np.isfinite(p.weight).all() and p.gap.shape == (len(FEATURES),) for p in modes)
         for modes in found.values()
     )

@@ -82,6 +82,7 @@ GAIN = 2.0  # log10 of the gap between one layer's scale and the others'
 MANY_OUTPUTS = 4
 PUSHED = -3.0  # shift of a normalised channel that pruning does not leave
 NOTHING = -1.99  # log10 scale of a layer that is zero: one that starts so grows in a round
+PLAUSIBLE = -0.5  # log10 scale up to which a layer may grow in one round; usual first values: -0.24
 QUANTILE_LOW, QUANTILE_HIGH = -0.8, -1.05  # median bias / row norm: the ramp of QBI
 
 
@@ -211,21 +212,33 @@ def jump_findings(
 ) -> Iterator[Finding]:
     """Yield layers whose size changed against the last round as training does not change it.
 
+    A layer that was next to nothing says nothing, and growth up to a plausible scale is none: heads
+    that start at zero and small first values are ordinary, and grow by any factor.
+
     Args:
         indices: index of each layer.
         before: log10 scale of each layer in the last round.
         now: the same in this round.
     """
-    changes = [new - old for old, new in zip(before, now, strict=True)]
+    changes = {
+        place: _change(before[place], now[place])
+        for place in range(len(indices))
+        if before[place] > NOTHING
+    }
     if not changes:
         return
-    common = sorted(abs(change) for change in changes)[(len(changes) - 1) // 2]
-    for place, (index, change) in enumerate(zip(indices, changes, strict=True)):
-        alone = 0.0 if min(before[place], now[place]) <= NOTHING else ramp(abs(change), 1.2, 1.6)
+    common = sorted(map(abs, changes.values()))[(len(changes) - 1) // 2]
+    for place, change in changes.items():
+        alone = 0.0 if now[place] <= NOTHING else ramp(abs(change), 1.2, 1.6)
         together = ramp(common, 0.9, 1.4) if abs(change) >= common else 0.0
         strength = max(alone, together)
         if strength > 0.0:
-            yield Finding(Kind.SCALE_JUMP, index, strength)
+            yield Finding(Kind.SCALE_JUMP, indices[place], strength)
+
+
+def _change(before: float, now: float) -> float:
+    """Log10 of the factor; growth counts from a plausible scale only, as tiny layers must grow."""
+    return now - before if now < before else max(now - max(before, PLAUSIBLE), 0.0)
 
 
 def suspicion_of(findings: Sequence[Finding], unusual: float) -> float:

@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 SEED = 11
 LEAST_RANK = 13  # below it, pooled features of rank compare what cannot be compared
 LEAST_ANOMALY = 1e-3  # where even one record would be ordinary, nothing is divided by nothing
-BLIND = 0.5  # where nothing tells few records from many: neither calm nor alarm
+# Where nothing tells few records from many. High, because the update may well be of one record;
+# below .5, from which the shipped policies tighten, because it is no evidence of that either.
+BLIND = 0.45
+Sharpness = Literal["reference", "generic", "blind"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +43,13 @@ class SensitivityScore:
     Attributes:
         overall: 0 to 1, the estimated share of the records that could be read.
         per_tensor: the same from each tensor alone; 0 for a tensor that did not change.
-        sharpness: "reference" (relative to this very model) or "generic" (to other models).
+        sharpness: "reference" (relative to this very model), "generic" (to other models) or "blind"
+            (nothing tells few records from many here: overall is `BLIND` and says nothing).
     """
 
     overall: float
     per_tensor: dict[str, float]
-    sharpness: Literal["reference", "generic"]
+    sharpness: Sharpness
 
 
 def score_update(
@@ -62,7 +66,9 @@ def score_update(
         detector: the shipped bundle where left out.
 
     Returns:
-        The score; the same for the same arguments. An update of zeros scores 0.
+        The score; the same for the same arguments. An update of zeros scores 0; one in which
+        nothing tells few records from many scores `BLIND`, or the reference's floor where that is
+        more.
 
     Raises:
         Withheld: DETECTOR_UNAVAILABLE, or NOT_FINITE.
@@ -77,28 +83,31 @@ def score_update(
     chosen = reference if reference is not None else generic(learned, measured)
     if not measured:
         return SensitivityScore(0.0, per_tensor, chosen.sharpness)
-    overall, singly = _scores(chosen, measured, learned)
+    overall, *singly = _shares(chosen, measured, learned)
     for entry, score in zip(measured, singly, strict=True):
-        per_tensor.update(dict.fromkeys(entry.names, score))
-    return SensitivityScore(overall, per_tensor, chosen.sharpness)
+        per_tensor.update(dict.fromkeys(entry.names, BLIND if score is None else score))
+    if overall is None and chosen.floor <= BLIND:
+        return SensitivityScore(BLIND, per_tensor, "blind")
+    return SensitivityScore(max(overall or 0.0, chosen.floor), per_tensor, chosen.sharpness)
 
 
-def _scores(
+def _shares(
     reference: Reference, measured: list[Measured], detector: Detector
-) -> tuple[float, list[float]]:
-    """Overall and per tensor, in one call of the detector; the calmest mode counts."""
+) -> list[float | None]:
+    """Overall, then per tensor, in one call of the detector; the calmest mode counts.
+
+    None where no mode tells anything.
+    """
     per_tensor, overall = reference.relative(measured)
     groups = [overall, *per_tensor]
     flat = [vector.tolist() for group in groups for pair in group for vector in pair]
     anomalies = iter(detector.anomaly(flat) if flat else ())
-    scores = []
-    for group in groups:
-        calmest = min(
-            (share_of_single(next(anomalies), next(anomalies)) for _ in group), default=None
-        )
-        knots = detector.manifest.knots
-        scores.append(BLIND if calmest is None else interpolated(calmest, knots))
-    return max(scores[0], reference.floor), scores[1:]
+    calmest = [
+        min((share_of_single(next(anomalies), next(anomalies)) for _ in group), default=None)
+        for group in groups
+    ]
+    knots = detector.manifest.knots
+    return [None if share is None else interpolated(share, knots) for share in calmest]
 
 
 def share_of_single(anomaly: float, single: float) -> float:

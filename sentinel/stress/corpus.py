@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from sentinel.detection.rounds import loss_of
+from sentinel.detection.synthetic import Columns
 from sentinel.stress import servers
 
 if TYPE_CHECKING:
@@ -189,13 +190,24 @@ def _initialise_matrix(weight: Tensor, generator: torch.Generator, init: str) ->
         nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
 
 
+RARE = 0.03  # share of the records of all classes but the first, where labels are rare
+
+
 class Task:
     """A labelling of synthetic records that a net can learn."""
 
-    def __init__(self, net: Net, generator: torch.Generator) -> None:
-        """Draw the task: class patterns for images, correlated columns and a teacher for rows."""
+    def __init__(self, net: Net, generator: torch.Generator, kind: str = "plain") -> None:
+        """Draw the task: class patterns for images, correlated columns and a teacher for rows.
+
+        Args:
+            net: the architecture.
+            generator: draws the task and its records.
+            kind: for rows "plain", "raw" (columns that nobody scaled) or "rare" (few positives).
+        """
         self.net, self._generator = net, generator
+        self._head_start = 0.0
         width = math.prod(net.shape)
+        self._columns = Columns.drawn(width, generator) if kind == "raw" else None
         self._labels = max(net.classes, 2)
         if len(net.shape) == 1:
             self._mix = torch.eye(width) + 0.3 * torch.randn(width, width, generator=generator) / (
@@ -203,6 +215,10 @@ class Task:
             )
             self._binary = torch.rand(width, generator=generator) < 0.3  # noqa: PLR2004  # columns that hold yes or no
             self._teacher = torch.randn(width, self._labels, generator=generator)
+            if kind == "rare":
+                scores = self._scores(self._rows(4000))
+                lead = scores[:, 1:].amax(1) - scores[:, 0]
+                self._head_start = float(lead.quantile(1.0 - RARE))
         else:
             self._patterns = self._field(self._labels)
 
@@ -213,11 +229,21 @@ class Task:
             images = 0.5 * self._field(count) + 0.5 * self._patterns[labels]
             noise = torch.randn(images.shape, generator=self._generator)
             return (images + 0.05 * noise).clamp_(0.0, 1.0), labels
-        rows = torch.randn(count, self.net.shape[0], generator=self._generator) @ self._mix
-        rows = torch.where(self._binary, rows.sign(), rows)
-        scores = rows @ self._teacher / math.sqrt(self.net.shape[0])
-        scores += 0.3 * torch.randn(scores.shape, generator=self._generator)
+        rows = scaled = self._rows(count)
+        if self._columns is not None:
+            rows = self._columns.draw(count, self._generator)
+            scaled = (rows - self._columns.offset) / self._columns.scatter
+        scores = self._scores(scaled)
+        scores[:, 0] += self._head_start
         return rows, scores.argmax(1)
+
+    def _scores(self, scaled: Tensor) -> Tensor:
+        scores = scaled @ self._teacher / math.sqrt(self.net.shape[0])
+        return scores + 0.3 * torch.randn(scores.shape, generator=self._generator)
+
+    def _rows(self, count: int) -> Tensor:
+        rows = torch.randn(count, self.net.shape[0], generator=self._generator) @ self._mix
+        return torch.where(self._binary, rows.sign(), rows)
 
     def _field(self, count: int) -> Tensor:
         channels, *sides = self.net.shape
@@ -226,12 +252,19 @@ class Task:
         return smooth.clamp_(0.0, 1.0)
 
 
-def train(module: nn.Module, task: Task, *, steps: int, rate: float, batch: int = 32) -> None:
+class Source(Protocol):
+    """Where records come from."""
+
+    def draw(self, count: int) -> tuple[Tensor, Tensor]:
+        """Return records and labels."""
+
+
+def train(module: nn.Module, task: Source, *, steps: int, rate: float, batch: int = 32) -> None:
     """Train in place with plain SGD on fresh records."""
     module.train()
     for _ in range(steps):
         records, labels = task.draw(batch)
-        loss = loss_of(module(records), labels)
+        loss = loss_of(module(records), labels, records)
         grads = torch.autograd.grad(loss, list(module.parameters()))
         with torch.no_grad():
             for value, grad in zip(module.parameters(), grads, strict=True):
@@ -440,48 +473,3 @@ def crafted_models(per_family: int, seed: int, crafts: Crafts = CRAFTS) -> Itera
             honest = servers.copied(module.state_dict())
             state = craft(module, honest, generator=generator)
             yield CraftedModel(net, module, family, variant, honest, state)
-
-
-STAGES = (0, 30, 200)  # steps of training before the round
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """A site with a global model to train on, and records.
-
-    Attributes:
-        name: of the architecture.
-        stage: index into `STAGES`.
-        module: holds the global model.
-        shape: of one record.
-        task: where its records come from.
-    """
-
-    name: str
-    stage: int
-    module: nn.Module
-    shape: tuple[int, ...]
-    task: Task
-
-    def draw(self, count: int) -> tuple[Tensor, Tensor]:
-        """Return records [count, *shape] and labels [count]."""
-        return self.task.draw(count)
-
-
-def sites(nets: int, repeats: int, seed: int) -> Iterator[Site]:
-    """Yield sites over architectures and training stages.
-
-    Args:
-        nets: how many architectures, from the first.
-        repeats: sites per architecture and stage.
-        seed: of everything.
-    """
-    for place, net in enumerate(NETS[:nets]):
-        for stage, steps in enumerate(STAGES):
-            for repeat in range(repeats):
-                number = (place * len(STAGES) + stage) * repeats + repeat
-                generator = torch.Generator().manual_seed(seed * 100_003 + number)
-                module = fresh(net, generator, ("default", "kaiming")[repeat % 2])
-                task = Task(net, generator)
-                train(module, task, steps=steps, rate=0.05)
-                yield Site(net.name, stage, module, net.shape, task)

@@ -63,12 +63,15 @@ def test_json_holds_the_same(files: dict[str, Path]) -> None:
     assert document["verdict"] == "binning"
     assert document["suspicion"] > 0.8
     assert document["findings"][0]["name"] == "0.weight"
+    for finding in document["findings"]:
+        assert finding["sentence"].startswith(finding["name"])
+        assert finding["sentence"].endswith(f"(strength {finding['strength']:.2f}).")
 
 
 def test_a_broken_model_ends_with_one(files: dict[str, Path]) -> None:
     result = inspect(files["broken"])
     assert result.exit_code == 1
-    assert "unhealthy" in result.stdout
+    assert result.stdout.count("unhealthy") == 1
 
 
 def test_a_new_entry_is_named(files: dict[str, Path]) -> None:

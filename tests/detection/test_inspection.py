@@ -150,6 +150,44 @@ def test_layers_that_grow_from_zero_are_no_jump() -> None:
     assert inspect_global_model(later, state, module).suspicion < 0.3
 
 
+STARTS = {
+    "zero linear": (lambda: nn.Linear(20, 1), 0.0),
+    "tiny": (lambda: corpus.mlp(20, 64, 2), 1e-3),
+    "small": (lambda: corpus.mlp(20, 64, 2), 1e-2),
+    "zero deep": (lambda: corpus.mlp(20, 32, 32, 2), None),
+}
+
+
+@pytest.mark.parametrize("rates", [[0.1] * 10, [0.5] * 10, [0.01, 0.05, 0.1, *[0.5] * 7]])
+@pytest.mark.parametrize("start", STARTS)
+def test_layers_that_start_at_or_near_zero_grow_for_ten_rounds_without_alarm(
+    start: str, rates: list[float]
+) -> None:
+    build, size = STARTS[start]
+    module = build()
+    for value in module.parameters():
+        nn.init.normal_(value, 0.0, 0.2 if size is None else size, generator=seeded(value.numel()))
+    if size is None:
+        nn.init.zeros_(list(module.children())[-1].weight)
+    net = corpus.Net(start, build, (20,), 1 if start == "zero linear" else 2)
+    task, history = corpus.Task(net, seeded(3)), None
+    for rate in rates:
+        found = inspect_global_model(module.state_dict(), history)
+        assert Kind.SCALE_JUMP not in {finding.kind for finding in found.findings}
+        history = found.history
+        corpus.train(module, task, steps=20, rate=rate)
+
+
+@pytest.mark.parametrize("factor", [0.01, 30.0])
+@pytest.mark.parametrize("name", ["mlp-13-256-1", "mlp-30-128-64-5", "lenet-256"])
+def test_a_whole_model_that_shrinks_or_grows_at_once_is_found(name: str, factor: float) -> None:
+    _, state = built(name)
+    changed = {key: value * factor for key, value in state.items()}
+    found = inspect_global_model(changed, state)
+    assert found.suspicion >= 0.8
+    assert Kind.SCALE_JUMP in {finding.kind for finding in found.findings}
+
+
 def test_history_survives_json_and_stays_bounded() -> None:
     _, state = built("mlp-13-64-2")
     history = History.of(state)

@@ -12,6 +12,7 @@ from torch import nn
 from sentinel.detection import Reference, build_reference, score_update
 from sentinel.detection.reference import RELATIVE
 from sentinel.detection.rounds import Spec, drawn_labels, local_round, measured_leakage
+from sentinel.detection.sensitivity import BLIND
 from sentinel.errors import MisuseError, Withheld
 from sentinel.stress import corpus, servers
 from sentinel.terms import Reason
@@ -224,6 +225,66 @@ def test_likely_labels_follow_the_model_and_others_do_not() -> None:
     even = drawn_labels(module, records, seeded(1), likely=False).double().mean()
     assert float(likely) == pytest.approx(0.982, abs=0.02)
     assert float(even) == pytest.approx(0.5, abs=0.05)
+
+
+def test_where_nothing_tells_the_score_is_blind_and_below_the_shipped_threshold() -> None:
+    deltas = {"a": torch.randn(5, generator=seeded(1)), "still": torch.zeros(3)}
+    for reference in (None, Reference({}, 0.0), Reference({}, 0.2)):
+        score = score_update(deltas, reference)
+        assert score.sharpness == "blind"
+        assert score.overall == score.per_tensor["a"] == BLIND < 0.5
+        assert score.per_tensor["still"] == 0.0
+    measured = score_update(deltas, Reference({}, 0.7))
+    assert measured.overall == 0.7
+    assert measured.sharpness == "reference"
+
+
+@pytest.mark.parametrize("kind", ["plain", "rare"])
+def test_many_records_trained_with_adam_score_below_what_the_shipped_policies_tighten(
+    benches: dict[str, Bench], kind: str
+) -> None:
+    bench = benches["mlp-13-256-1"]
+    task = corpus.Task(corpus.NETS[0], seeded(4), kind)
+    for records in (64, 100, 200):
+        spec = Spec(records, 32, 3, 1e-3, adam=True)
+        deltas = local_round(bench.module, *task.draw(records), spec)
+        assert score_update(deltas, bench.reference).overall < 0.5
+
+
+def test_unscaled_columns_trained_with_adam_are_tightened_at_most_and_one_record_withheld(
+    benches: dict[str, Bench],
+) -> None:
+    bench = benches["mlp-13-256-1"]
+    task = corpus.Task(corpus.NETS[0], seeded(4), "raw")
+    for records in (64, 100, 200):
+        spec = Spec(records, 32, 3, 1e-3, adam=True)
+        deltas = local_round(bench.module, *task.draw(records), spec)
+        assert score_update(deltas, bench.reference).overall < 0.9
+    one = local_round(bench.module, *task.draw(1), Spec(1, 1, 1, 1e-3, adam=True))
+    assert score_update(one, bench.reference).overall > 0.9
+
+
+def test_the_own_adam_steps_as_pytorchs_does() -> None:
+    module = corpus.fresh(corpus.NETS[1], seeded(1))
+    rows, labels = corpus.Task(corpus.NETS[1], seeded(2)).draw(64)
+    deltas = local_round(module, rows, labels, Spec(64, 16, 2, 1e-3, adam=True))
+    start = servers.copied(module.state_dict())
+    optimizer = torch.optim.Adam(module.parameters(), 1e-3)
+    for _ in range(2):
+        for first in range(0, 64, 16):
+            optimizer.zero_grad()
+            output = module(rows[first : first + 16])
+            nn.functional.cross_entropy(output, labels[first : first + 16]).backward()
+            optimizer.step()
+    for name, value in module.state_dict().items():
+        torch.testing.assert_close(deltas[name], value - start[name], atol=1e-5, rtol=1e-3)
+
+
+def test_rare_labels_are_rare_and_raw_columns_have_units_of_their_own() -> None:
+    _, labels = corpus.Task(corpus.NETS[0], seeded(1), "rare").draw(4000)
+    assert float(labels.double().mean()) == pytest.approx(0.03, abs=0.01)
+    rows, _ = corpus.Task(corpus.NETS[0], seeded(1), "raw").draw(400)
+    assert float(rows.std(0).max() / rows.std(0).min()) > 10.0
 
 
 def test_relative_features_are_named_once() -> None:

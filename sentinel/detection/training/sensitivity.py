@@ -8,7 +8,7 @@ update lies outside them is mapped to leakage by a monotone curve.
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,9 +26,9 @@ from sklearn.metrics import roc_auc_score
 from sentinel.detection.bundle import UPDATE_SENSITIVITY, load_detector
 from sentinel.detection.features import FEATURE_VERSION, FEATURES, Measured, update_features
 from sentinel.detection.reference import (
+    BASE,
     LEAST_GAP,
     LEAST_WEIGHT,
-    ORDINARY,
     RELATIVE,
     Place,
     Reference,
@@ -37,7 +37,8 @@ from sentinel.detection.reference import (
 from sentinel.detection.rounds import Spec, local_round, measured_leakage
 from sentinel.detection.sensitivity import BLIND, LEAST_RANK, share_of_single
 from sentinel.detection.training.export import to_onnx, write_bundle
-from sentinel.detection.training.table import table
+from sentinel.detection.training.sensitivity_card import FEW, LIKE_ONE, MANY, Figures, card
+from sentinel.detection.training.table import said
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 
     Vector = NDArray[np.float64]
 
-FEW, MANY = 8, 64
+TIGHTEN, WITHHOLD = 0.5, 0.9  # from which the shipped policies do so
 OUTSIDERS = 64
 ONE_STEP = tuple(Spec(count, count, 1, 0.1) for count in (1, 1, 2, 4, 8, 16, 32, 64, 64, 128, 256))
 AVERAGED = (
@@ -64,12 +65,28 @@ AVERAGED = (
 )
 
 
+# Only many records: on a few, Adam's signs defeat read-out, so that the label would say nothing.
+ADAPTIVE = (
+    Spec(64, 32, 2, 1e-3, adam=True),
+    Spec(100, 32, 3, 1e-3, adam=True),
+    Spec(200, 32, 2, 1e-3, adam=True),
+)
+
+
 class Site(Protocol):
     """Somebody with a global model and records."""
 
     @property
     def name(self) -> str:
         """Of the architecture."""
+
+    @property
+    def kind(self) -> str:
+        """Of the task."""
+
+    @property
+    def pace(self) -> float:
+        """Factor on the learning rates of plain SGD."""
 
     @property
     def module(self) -> nn.Module:
@@ -88,6 +105,7 @@ class Sample:
     """One labelled synthetic round."""
 
     name: str
+    kind: str
     spec: Spec
     leakage: float
     measured: list[Measured]
@@ -96,22 +114,13 @@ class Sample:
     @property
     def one_step(self) -> bool:
         """Whether it is a single gradient."""
-        return self.spec.epochs == 1 and self.spec.batch == self.spec.records
+        spec = self.spec
+        return spec.epochs == 1 and spec.batch == spec.records and not spec.adam
 
     @property
     def ordinary(self) -> bool:
         """Whether it has many records, whatever the steps."""
         return self.spec.records >= MANY
-
-
-@dataclass
-class Figures:
-    """What was measured; the card is written from it."""
-
-    detectors: list[tuple[str, float, float, float, float]] = field(default_factory=list)
-    nets: list[tuple[str, float, float, float, float]] = field(default_factory=list)
-    curve: list[tuple[str, float, float, float]] = field(default_factory=list)
-    samples: int = 0
 
 
 def train_sensitivity(recipe: Recipe, sites: Iterable[Site], folder: Path) -> Figures:
@@ -133,9 +142,11 @@ def train_sensitivity(recipe: Recipe, sites: Iterable[Site], folder: Path) -> Fi
     _measure_nets(figures, samples, recipe)
     fitted = _fit(samples, recipe.detector, recipe, [sample.reference for sample in samples])
     anomalies = _anomalies(fitted, samples, [sample.reference for sample in samples])
-    knots = _knots(anomalies, np.array([sample.leakage for sample in samples]))
+    knots = _map(anomalies, samples)
     scores = np.interp(anomalies, *np.array(knots).T)
-    _measure_curve(figures, samples, np.where(np.isnan(anomalies), BLIND, scores))
+    scores = np.where(np.isnan(anomalies), BLIND, scores)
+    _measure_curve(figures, samples, scores)
+    _measure_false(figures, samples, recipe)
     manifest = {
         "name": UPDATE_SENSITIVITY,
         "feature_version": FEATURE_VERSION,
@@ -159,16 +170,17 @@ def _samples(site: Site) -> Iterator[Sample]:
     state = site.module.state_dict()
     reference = build_reference(site.module, state, sample=site.shape)
     generator = torch.Generator().manual_seed(5)
-    for spec in (*ONE_STEP, *AVERAGED):
+    for spec in (*ONE_STEP, *AVERAGED, *ADAPTIVE):
         inside, labels = site.draw(spec.records)
         outside, _ = site.draw(OUTSIDERS)
-        deltas = local_round(site.module, inside, labels, spec)
+        paced = spec if spec.adam else replace(spec, rate=spec.rate * site.pace)
+        deltas = local_round(site.module, inside, labels, paced)
         if not all(bool(torch.isfinite(delta).all()) for delta in deltas.values()):
             continue
         leak = measured_leakage(site.module, state, deltas, inside, outside)
         measured = update_features(deltas, generator)
         if leak is not None and measured:
-            yield Sample(site.name, spec, leak, measured, reference)
+            yield Sample(site.name, site.kind, spec, leak, measured, reference)
 
 
 DETECTORS: dict[str, Callable[[Recipe], Any]] = {
@@ -194,10 +206,16 @@ def _vectors(samples: Sequence[Sample], references: Sequence[Reference]) -> list
 def _fit(
     samples: Sequence[Sample], name: str, recipe: Recipe, references: Sequence[Reference]
 ) -> Any:  # noqa: ANN401  # pyod has no types
-    """Fit a detector on ordinary rounds."""
-    chosen = [index for index, sample in enumerate(samples) if sample.ordinary]
+    """Fit a detector on ordinary rounds of plain SGD on scaled records, in the modes made of such.
+
+    In the other modes, and of other rounds, "ordinary" would come to mean everything.
+    """
+    chosen = [i for i, s in enumerate(samples) if s.ordinary and s.kind == "plain"]
+    chosen = [i for i in chosen if not samples[i].spec.adam]
     vectors = _vectors([samples[i] for i in chosen], [references[i] for i in chosen])
-    return DETECTORS[name](recipe).fit(np.concatenate(vectors)[:, 0])
+    return DETECTORS[name](recipe).fit(
+        np.concatenate([rows[: len(BASE)] for rows in vectors])[:, 0]
+    )
 
 
 def _anomalies(
@@ -250,7 +268,7 @@ def _generic(references: Sequence[Reference]) -> dict[str, list[float]]:
     """Pool the places of all matrices: per feature and mode ordinary value, gap and weight."""
     unique = list({id(reference): reference for reference in references}.values())
     pooled: dict[str, list[float]] = {name: [] for name in FEATURES}
-    for mode in range(len(ORDINARY)):
+    for mode in range(len(BASE)):
         found = [
             places[mode]
             for reference in unique
@@ -269,10 +287,19 @@ def _generic(references: Sequence[Reference]) -> dict[str, list[float]]:
 
 def _applied(pooled: dict[str, list[float]], sample: Sample) -> Reference:
     rows = np.array([pooled[name] for name in FEATURES])
-    modes = tuple(Place(*part.T) for part in np.split(rows, len(ORDINARY), axis=1))
+    modes = tuple(Place(*part.T) for part in np.split(rows, len(BASE), axis=1))
     return Reference(
         {m.names[0]: modes for m in sample.measured if m.rank >= LEAST_RANK}, 0.0, "generic"
     )
+
+
+def _map(anomalies: Vector, samples: Sequence[Sample]) -> list[tuple[float, float]]:
+    """Fit the map; unscaled tables count only where they do not look like one record.
+
+    Beyond, they would lower the score of true single records; they are false tightenings instead.
+    """
+    chosen = np.array([s.kind != "raw" for s in samples]) | (anomalies < LIKE_ONE)
+    return _knots(anomalies[chosen], np.array([sample.leakage for sample in samples])[chosen])
 
 
 def _knots(anomalies: Vector, leaks: Vector, most: int = 24) -> list[tuple[float, float]]:
@@ -305,7 +332,7 @@ def _quality(samples: Sequence[Sample], scores: Vector) -> tuple[float, float, f
 
 
 def _net_quality(samples: Sequence[Sample], scores: Vector) -> tuple[float, float]:
-    """Spearman and AUROC; a blind score ranks in the middle, as its value of .5 does."""
+    """Spearman and AUROC; a blind score ranks in the middle, as its value does."""
     scores = np.where(np.isnan(scores), np.nanmedian(scores), scores)
     few = [s.one_step and s.spec.records <= FEW for s in samples]
     judged = [s.one_step and (s.spec.records <= FEW or s.ordinary) for s in samples]
@@ -341,78 +368,48 @@ def _measure_nets(figures: Figures, samples: Sequence[Sample], recipe: Recipe) -
 
 def _measure_curve(figures: Figures, samples: Sequence[Sample], scores: Vector) -> None:
     """Mean measured leakage and score for each kind of round."""
-    for spec in dict.fromkeys((*ONE_STEP, *AVERAGED)):
+    for spec in dict.fromkeys((*ONE_STEP, *AVERAGED, *ADAPTIVE)):
         chosen = np.array([sample.spec == spec for sample in samples])
         if chosen.any():
             leaks = np.array([sample.leakage for sample in samples])[chosen]
             steps = "one step" if spec.epochs == 1 else f"{spec.epochs} epochs of {spec.batch}"
-            label = f"{spec.records} records, {steps}"
+            label = f"{spec.records} records, {steps}{', Adam' if spec.adam else ''}"
             low, high = (float(np.quantile(scores[chosen], level)) for level in (0.1, 0.9))
             figures.curve.append((label, float(leaks.mean()), low, high))
 
 
-def card(recipe: Recipe, figures: Figures) -> str:
-    """Write the card."""
-    head = CARD_HEAD.format(samples=figures.samples, trees=recipe.trees, detector=recipe.detector)
-    return "\n".join(
-        [
-            head,
-            "## Choice of the detector\n",
-            CHOICE_HEAD.format(few=FEW, many=MANY),
-            table(
-                ("pyod detector", "Spearman", "least", "AUROC", "least"),
-                ((name, *(f"{x:.3f}" for x in row)) for name, *row in figures.detectors),
-            ),
-            f"## {recipe.detector}, by architecture left out\n",
-            "With a reference of the model at hand, and without (generic).\n",
-            table(
-                ("architecture", "Spearman", "AUROC", "generic Spearman", "generic AUROC"),
-                ((name, *(f"{x:.3f}" for x in row)) for name, *row in figures.nets),
-            ),
-            "## Score by kind of round\n",
-            "All architectures together, the map fitted on these same rounds.\n",
-            table(
-                ("round", "mean measured leakage", "score, 10th percentile", "90th percentile"),
-                ((name, *(f"{x:.2f}" for x in row)) for name, *row in figures.curve),
-            ),
-            CARD_TAIL,
-        ]
-    )
+def _measure_false(figures: Figures, samples: Sequence[Sample], recipe: Recipe) -> None:
+    """Count ordinary rounds that the shipped thresholds would tighten or withhold, by kind.
+
+    Every architecture is scored by a detector and a map that were fitted without it.
+    """
+    scores = np.zeros(len(samples))
+    for net in sorted({sample.name for sample in samples}):
+        inside = [sample for sample in samples if sample.name != net]
+        outside = [sample for sample in samples if sample.name == net]
+        fitted = _fit(inside, recipe.detector, recipe, [sample.reference for sample in inside])
+        known = _anomalies(fitted, inside, [sample.reference for sample in inside])
+        knots = _map(known, inside)
+        new = _anomalies(fitted, outside, [sample.reference for sample in outside])
+        mapped = np.interp(new, *np.array(knots).T)
+        scores[[sample.name == net for sample in samples]] = np.where(np.isnan(new), BLIND, mapped)
+    for kind, what, chosen in _ordinary_kinds(samples):
+        many = scores[chosen & np.array([sample.ordinary for sample in samples])]
+        one = scores[chosen & np.array([sample.spec.records == 1 for sample in samples])]
+        figures.false.append(
+            (
+                f"{kind}, {what}",
+                said(int((many >= TIGHTEN).sum()), len(many)),
+                said(int((many >= WITHHOLD).sum()), len(many)),
+                said(int((one >= WITHHOLD).sum()), len(one)),
+            )
+        )
 
 
-CHOICE_HEAD = """Each architecture left out in turn: Spearman of anomaly with measured leakage, and
-AUROC of one-step rounds of 1 to {few} records against {many} and more; mean and least over
-architectures. The anomaly is taken plain here, since not every detector's has a zero.
-"""
-
-CARD_HEAD = """# update-sensitivity
-
-Written by `sentinel detectors train update-sensitivity`; every figure below was measured in that
-run.
-
-What the score estimates: the share of the records behind an update that linear read-out of the
-first dense layer gives away. A record counts as read where some guess (a row of the weight update
-over its bias update, a difference of neighbouring rows over theirs, the largest singular direction)
-is nearer to the layer's input than 30 % of that input's distance from the average record; what is
-met by chance, measured on records that were not used, is taken off. It does not estimate what
-inversion by optimisation would recover.
-
-How: content-free features of each tensor, placed between ordinary rounds (64 and more records, one
-step or federated averaging) and rounds of one record of the same model (the reference: synthetic
-rounds through the very model); joined by how well each tells the two apart; then {detector} (pyod,
-{trees} trees where it is a forest), trained on ordinary rounds only; its anomaly
-as a share of what one record's would be on the same model; then a monotone map to measured leakage.
-Trained and measured on {samples} synthetic rounds.
-"""
-
-CARD_TAIL = """## Limits
-
-- Measured on synthetic tasks, plain SGD and the architectures above; no transformer, no adaptive
-  optimizer, no update that was sanitized before. One step of an adaptive optimizer on many records
-  can look like few.
-- On an update that carries noise at a useful privacy budget the score sees the noise: it falls, as
-  linear read-out does, but it is no measurement of what a patient attacker could still average out.
-- Where two outputs share one dense layer, or pooling leaves few features, the update holds little
-  that tells few records from many: see the least figures above.
-- A low score is no promise. Only a privacy promise in the policy is one.
-"""
+def _ordinary_kinds(
+    samples: Sequence[Sample],
+) -> Iterator[tuple[str, str, NDArray[np.bool_]]]:
+    """Yield kind of task, optimizer, and which samples they are."""
+    for kind in dict.fromkeys(sample.kind for sample in samples):
+        for adam, what in ((False, "SGD"), (True, "Adam")):
+            yield kind, what, np.array([s.kind == kind and s.spec.adam == adam for s in samples])
