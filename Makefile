@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-all coverage lint type imports wheel test-wheel bench detectors clean
+.PHONY: help demo test test-slow test-all coverage lint type imports wheel test-wheel bench detectors clean
 help:  ## say what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ \t/' | expand -t 14
 
@@ -26,6 +26,9 @@ test: $(READY)  ## the tests
 
 test-all: $(READY)  ## the tests and the slow ones
 	$(BIN)/python -m pytest
+
+test-slow: $(READY)  ## the slow tests alone: the whole demo against its aims
+	$(BIN)/python -m pytest -m slow
 
 coverage: $(READY)  ## the tests, with the lines and branches that they do not reach
 	$(BIN)/python -m pytest -m 'not slow' --cov --cov-report=term

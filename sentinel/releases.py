@@ -143,10 +143,6 @@ class Releases:
         for path in stored[: max(0, len(stored) - count)]:
             self._prune(path.with_suffix(".json"))
 
-    def prune(self, key: RoundKey) -> None:
-        """Remove the tensors of a released round; its tombstone stays and refuses."""
-        self._prune(self._path(key, "json"))
-
     def _prune(self, path: Path) -> None:
         ending = _read_ending(path)
         if ending is None or ending.fate is not Fate.RELEASED:

@@ -236,8 +236,10 @@ def _reads(hearts: HeartsResult) -> str:
 layers are scaled down so that several local epochs stay linear. The difference of two neighbouring
 neurons is then a patient's row. <em>Exactly</em> is a relative error under 1 %, <em>near</em> under
 30 %. Near counts only beyond what the same guesses score on patients of the same hospital who were
-not behind the update. The attacker knows clip and noise, averages neighbouring bins, and uses the
-rank-one matched filter over all neurons.</p>
+not behind the update. The attacker estimates the noise from the update, averages neighbouring bins,
+and uses the rank-one matched filter over all neurons. "Without inspection" is one round of this
+attack at three scales; a server that aims at one patient for many rounds is not part of it. The
+bound takes patients as independent.</p>
 {_table(head, rows)}
 <p>Patients whom the server read (public data):</p>
 <div class="side">{"".join(_example(example) for example in hearts.examples)}</div>"""

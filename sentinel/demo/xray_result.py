@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from sentinel.interval import Interval
     from sentinel.stress.inversion import Matching
+    from sentinel.stress.reidentify import Found
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,25 +151,33 @@ class XrayResult:
 
     @property
     def reid_top1_raw(self) -> float:
-        """Share of pictures found among 100 of their class by the attacker of `ssim_raw_batch`."""
-        return self.raw[best(self.raw)].found.count.share
+        """Share of pictures found among 100 of their class in the raw update, by the best at it."""
+        return _most_found(self.raw).count.share
 
     @property
     def reid_top1(self) -> float:
-        """Share of pictures found among 100 of their class by the attacker of `ssim_sanitized`."""
-        return self.sanitized[best(self.sanitized)].found.count.share
+        """Share of pictures found among 100 of their class in the released update, likewise."""
+        return _most_found(self.sanitized).count.share
 
     @property
     def reid_interval(self) -> Interval:
         """95 % interval of `reid_top1` as if pictures were independent; see `reid_by_chance`."""
-        return wilson(self.sanitized[best(self.sanitized)].found.count)
+        return wilson(_most_found(self.sanitized).count)
 
     @property
     def reid_by_chance(self) -> float:
-        """Exact probability that chance alone finds at least as many as `reid_top1` says."""
-        return self.sanitized[best(self.sanitized)].found.by_chance
+        """Bound on the probability that chance alone finds as many, for the best of all attackers.
+
+        The exact probability for one attacker, times their number (Bonferroni).
+        """
+        return min(1.0, _most_found(self.sanitized).by_chance * len(self.sanitized))
 
     @property
     def reid_chance_limit(self) -> float:
-        """Share that chance alone stays at or under in 99 % of runs; 1 in 100 in the mean."""
-        return self.sanitized[best(self.sanitized)].found.chance_limit()
+        """Share that chance alone keeps all attackers at or under in at least 99 % of runs."""
+        return _most_found(self.sanitized).chance_limit(1.0 - 0.01 / len(self.sanitized))
+
+
+def _most_found(attacks: Mapping[str, Attack]) -> Found:
+    """What the attacker found who found most."""
+    return max((attack.found for attack in attacks.values()), key=lambda found: found.count.hits)

@@ -105,7 +105,7 @@ def _reason_to_withhold(hospital: Hospital, guard: Guard) -> str | None:
 def _release(hospital: Hospital, guard: Guard) -> _Release:
     """Release the update of the whole hospital."""
     pictures = hospital.data.hospital
-    patients = len(pictures.labels)  # one picture of each
+    patients = len(pictures.labels)  # counted as one for each picture; the data name none
     with guard.round(2, hospital.global_state, hospital.model, patients=patients) as rnd:
         hospital.fit(pictures)
     delta = rnd.release(kind="delta")

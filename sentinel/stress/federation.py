@@ -82,7 +82,6 @@ class MaliciousServer(FedAvgServer):
         self._model, self._craft, self._generator = model, craft, generator
         self.turns_at = turns_at
         self.crafted: State | None = None
-        self.captured: dict[str, dict[str, Tensor]] = {}
 
     def global_state(self, number: int) -> State:
         """Return the crafted model in the round where the server turns, else the honest one."""
@@ -96,8 +95,6 @@ class MaliciousServer(FedAvgServer):
     def aggregate(
         self, number: int, states: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, float]
     ) -> None:
-        """Average as the honest server does; in the crafted round keep the states instead."""
-        if number == self.turns_at:
-            self.captured = {site: copied(state) for site, state in states.items()}
-        else:
+        """Average as the honest server does; what comes back of the crafted round is not used."""
+        if number != self.turns_at:
             super().aggregate(number, states, weights)

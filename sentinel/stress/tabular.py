@@ -6,8 +6,9 @@ where one record fires the neuron, and (dW_i - dW_j) / (db_i - db_j) is one wher
 tells two neurons apart. Where one record dominates, the update has rank one, and all neurons
 together beat the noise that hides it in each.
 
-The attacker is adaptive: it knows the global model that was sent and how the update was sanitized.
-It drops what lies under the noise, averages neurons, and shrinks what is left as the noise asks.
+The attacker is adaptive: it knows the global model that was sent, and is told how much noise the
+update carries or estimates it. It drops what lies under the noise, averages neurons, and shrinks
+what is left as the noise asks.
 """
 
 from __future__ import annotations
@@ -41,11 +42,9 @@ class Sanitizer:
 
     Attributes:
         std: standard deviation of the noise on each coordinate that was kept.
-        keep: share of the coordinates kept; the rest is exactly zero.
     """
 
     std: float = 0.0
-    keep: float = 1.0
 
 
 UNTREATED = Sanitizer()
@@ -92,6 +91,7 @@ class Reads:
         near: how many of them a guess came near to.
         held_out: how many held-out records the same guesses were measured against.
         held_out_near: how many of those a guess came near to.
+        guesses: how many guesses there were; without any, nothing was measured.
     """
 
     records: int = 0
@@ -99,6 +99,7 @@ class Reads:
     near: int = 0
     held_out: int = 0
     held_out_near: int = 0
+    guesses: int = 0
 
     def __add__(self, other: Reads) -> Reads:
         """Pool two measurements."""
@@ -108,6 +109,7 @@ class Reads:
             self.near + other.near,
             self.held_out + other.held_out,
             self.held_out_near + other.held_out_near,
+            self.guesses + other.guesses,
         )
 
     @property
@@ -171,8 +173,8 @@ def sanitizer_of(seen: LayerView) -> Sanitizer:
     values = torch.cat([seen.weight, seen.bias[:, None]], 1)
     kept = values[values != 0.0]
     if kept.numel() == 0:
-        return Sanitizer(keep=0.0)
-    return Sanitizer(float(kept.abs().median()) / MEDIAN_SIZE, kept.numel() / values.numel())
+        return UNTREATED
+    return Sanitizer(float(kept.abs().median()) / MEDIAN_SIZE)
 
 
 def guess_rows(seen: LayerView, sanitizer: Sanitizer) -> Tensor:
@@ -323,6 +325,7 @@ def measure_reads(guesses: Tensor, rows: Tensor, held_out: Tensor) -> Reads:
         near=int((errors < NEAR).sum()),
         held_out=len(held_out),
         held_out_near=int((others < NEAR).sum()),
+        guesses=len(guesses),
     )
 
 

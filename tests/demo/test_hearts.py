@@ -46,6 +46,10 @@ def test_the_server_reads_patients_of_bare_hospitals_and_none_of_guarded_ones(
     small: HeartsResult,
 ) -> None:
     assert small.unguarded.exact >= 20
+    # Protection that is measured on no guess is none: every form was attacked.
+    assert small.guarded.guesses > 4 * 3 * 100
+    assert all(reads.guesses > 4 * 100 for reads in small.uninspected.values())
+    assert small.auc_guarded_by_site != small.auc_unguarded_by_site
     assert small.unguarded.interval.low > 0.1
     assert small.guarded.exact == 0
     assert small.worst_uninspected.exact == 0

@@ -76,6 +76,9 @@ def test_the_whole_demo_reaches_its_aims() -> None:
     assert full["rows_read_guarded"] == full["rows_read_guarded_uninspected"] == 0
     assert full["rows_near_guarded"]["upper_95"] <= 0.02
     assert full["rows_near_guarded_uninspected"]["upper_95"] <= 0.02
+    assert full["auc_guarded_by_site"] != full["auc_unguarded_by_site"]
+    for form in ("unguarded", "guarded", "guarded_uninspected"):
+        assert full[f"guesses_{form}"] > 1000
     assert full["rounds_refused"] == 4 * full["repeats"]
     assert full["false_refusals"] == full["honest_updates_withheld"] == 0
     assert full["ssim_raw"] >= 0.9

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from sentinel.demo import xray_data
-from sentinel.demo.xray_hospital import initialise, xray_net
+from sentinel.demo import xray_data, xrays
+from sentinel.demo.xray_hospital import Hospital, initialise, xray_net
 from sentinel.demo.xray_result import XrayResult, XraySettings
 from sentinel.demo.xrays import run_xrays
 from sentinel.errors import MisuseError, Withheld
+from sentinel.guard import Guard
 from sentinel.stress.estimate import Estimation
 from sentinel.stress.images import ImageAttacker
 from sentinel.stress.inversion import Matching
@@ -37,6 +38,22 @@ def calls() -> list[tuple[int, int]]:
 def result(tmp_path_factory: pytest.TempPathFactory, calls: list[tuple[int, int]]) -> XrayResult:
     state = tmp_path_factory.mktemp("xrays")
     return run_xrays(QUICK, state=state, on_step=lambda done, total: calls.append((done, total)))
+
+
+def test_the_attacker_is_told_the_true_clip_and_noise(tmp_path: Path) -> None:
+    """What is released less the clipped raw update has the standard deviation that it is told."""
+    guard = Guard("chest-xray", tmp_path)
+    hospital = Hospital.draw(QUICK)
+    release = xrays._release(hospital, guard)
+    raw = hospital.raw_update(hospital.data.hospital)
+    seen = release.seen
+    policy = guard.policy.policy
+    assert seen.scale == pytest.approx(min(1.0, policy.noise_norm / float(raw.norm())))
+    rest = seen.values - seen.scale * raw
+    assert float(rest.std()) == pytest.approx(seen.noise_std, rel=0.02)
+    ratio = policy.always[0].noise_ratio
+    expected = ratio * policy.noise_norm / math.sqrt(len(raw))
+    assert seen.noise_std == pytest.approx(expected)
 
 
 def test_the_shipped_pictures_are_small_and_counted_as_attributed() -> None:

@@ -9,6 +9,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from scipy import stats
 
 from sentinel.mechanism import SystemEntropy, add_noise_, grid_step, keep_, standard_normal
@@ -107,6 +108,21 @@ def test_the_global_generators_are_neither_read_nor_written() -> None:
         assert random.getstate() == before[2]
         outcomes.append(tensor)
     assert not torch.equal(*outcomes)
+
+
+def test_key_and_counter_come_from_the_operating_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def urandom(size: int) -> bytes:
+        asked.append(size)
+        return bytes([len(asked)]) * size
+
+    monkeypatch.setattr("sentinel.mechanism.entropy.os.urandom", urandom)
+    buffer = bytearray(64)
+    SystemEntropy().fill(memoryview(buffer))
+    assert asked == [32, 16]
+    cipher = Cipher(algorithms.AES(bytes([1]) * 32), modes.CTR(bytes([2]) * 16))
+    assert bytes(buffer) == cipher.encryptor().update(bytes(64))
 
 
 def test_a_forked_child_does_not_share_the_stream() -> None:

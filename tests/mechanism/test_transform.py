@@ -113,6 +113,31 @@ def test_the_base_mechanism_clips_to_the_grid_and_adds_its_noise(fixed_entropy) 
     assert deltas["a"].mean().item() == pytest.approx(expected, abs=0.02)
 
 
+@pytest.mark.parametrize("shape", ["one huge value", "dense", "many tensors", "within"])
+@pytest.mark.parametrize("clip_norm", [1e-3, 0.5, 40.0])
+def test_the_base_mechanism_moves_the_noise_by_no_more_than_the_clip_norm(
+    fixed_entropy, shape: str, clip_norm: float
+) -> None:
+    """The same noise with and without the update: the distance is what the ledger charges for."""
+    generator = torch.Generator().manual_seed(3)
+    size = {"one huge value": 1e20, "within": 1e-6 * clip_norm}.get(shape, 1e4)
+    deltas = {f"t{i}": torch.zeros(301, dtype=torch.float64) for i in range(5)}
+    if shape == "one huge value":
+        deltas["t2"][7] = size
+    else:
+        for delta in deltas.values():
+            delta.copy_(size * torch.randn(301, generator=generator, dtype=torch.float64))
+    squares = {name: sum_of_squares(delta) for name, delta in deltas.items()}
+    raw = math.sqrt(sum(squares.values()))
+    nothing = {name: torch.zeros_like(delta) for name, delta in deltas.items()}
+    mechanism = GaussianMechanism(clip_norm, noise_multiplier=1.0)
+    mechanism.apply_(deltas, squares, fixed_entropy(6))
+    mechanism.apply_(nothing, dict.fromkeys(nothing, 0.0), fixed_entropy(6))
+    moved = math.sqrt(sum(sum_of_squares(deltas[name] - nothing[name]) for name in deltas))
+    assert moved <= clip_norm * (1 + 1e-12)
+    assert moved >= 0.999 * min(raw, clip_norm) - clip_norm * 2**-11
+
+
 def test_an_all_zero_update_still_gets_noise(fixed_entropy) -> None:
     deltas = {"a": torch.zeros(1000), "none": torch.zeros(0)}
     squares = {"a": 0.0, "none": 0.0}

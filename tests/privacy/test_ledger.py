@@ -142,6 +142,22 @@ def test_concurrent_processes_never_overspend(tmp_path: Path) -> None:
     assert Ledger(shared).head().seq == alone
 
 
+def test_a_charge_waits_for_the_disk_and_holds_the_ledger_while_it_checks(tmp_path: Path) -> None:
+    """synchronous=FULL, and the lock is taken before the budget is read, not after."""
+    ledger = Ledger(tmp_path / "l")
+    with ledger._connection() as db:
+        assert db.execute("PRAGMA synchronous").fetchone()[0] == 2
+        assert db.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+        statements: list[str] = []
+        db.set_trace_callback(statements.append)
+    ledger.charge(charge(), PROMISE, per_day=5)
+    order = [statement.split()[0] for statement in statements]
+    assert statements[0] == "BEGIN IMMEDIATE"
+    assert order[-2:] == ["INSERT", "COMMIT"]
+    assert order.count("BEGIN") == 1
+    assert "SELECT" in order[1:-2]
+
+
 @pytest.mark.parametrize(
     "damage",
     [
