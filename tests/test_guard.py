@@ -827,3 +827,79 @@ def test_a_tied_parameter_that_a_rule_withholds_is_not_called_released(make_guar
     with pytest.raises(Withheld) as caught:
         rnd.release({"a": shared, "b": shared})
     assert caught.value.reason is Reason.NOTHING_LET_OUT
+
+
+SENSITIVE = '[[rule]]\nid = "too-leaky"\nwhen = { sensitivity = 0.9 }\naction = "withhold-update"\n'
+
+
+def test_the_update_of_a_single_record_is_withheld_as_too_sensitive(make_guard, tmp_path) -> None:
+    model = nn.Sequential(nn.Linear(13, 256), nn.ReLU(), nn.Linear(256, 1))
+    start = state_of(model)
+    guard = make_guard(PLAIN + SENSITIVE)
+    row = torch.randn(1, 13, generator=torch.Generator().manual_seed(0))
+    with guard.round(1, start, model) as rnd:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        nn.functional.binary_cross_entropy_with_logits(model(row), torch.ones(1, 1)).backward()
+        optimizer.step()
+    with pytest.raises(Withheld, match=r"rule too-leaky; sensitivity score") as caught:
+        rnd.release()
+    assert caught.value.reason is Reason.TOO_SENSITIVE
+    assert StateFolder(tmp_path / "site").ledger.head().seq == 1
+    with pytest.raises(Withheld, match="the answer stands"):
+        guard.round(1, start, model).__enter__()
+
+
+def test_a_rule_that_withholds_for_another_reason_than_the_score_says_so(make_guard) -> None:
+    text = (
+        PLAIN + '[[rule]]\nid = "closed"\naction = "withhold-update"\nwhen = { suspicion = 0.0 }\n'
+    )
+    start = state_of(net())
+    with make_guard(text).round(1, start) as rnd:
+        pass
+    with pytest.raises(Withheld, match="rule closed") as caught:
+        rnd.release({name: value + 0.01 for name, value in start.items()})
+    assert caught.value.reason is Reason.WITHHELD_BY_RULE
+
+
+def test_a_policy_that_lets_nothing_out_releases_nothing(make_guard) -> None:
+    text = 'schema = 1\nname = "x"\n[[rule]]\nid = "all"\naction = "withhold"\n'
+    start = state_of(net())
+    with make_guard(text).round(1, start) as rnd:
+        pass
+    with pytest.raises(Withheld) as caught:
+        rnd.release({name: value + 0.01 for name, value in start.items()})
+    assert caught.value.reason is Reason.NOTHING_LET_OUT
+
+
+def test_a_glob_that_matches_nothing_in_the_model_is_an_error_when_a_round_opens(
+    make_guard,
+) -> None:
+    text = PLAIN + '[[rule]]\nid = "typo"\nmatch = ["clasifier.**"]\naction = "withhold"\n'
+    with pytest.raises(sentinel.PolicyError, match=r"'typo'.*'clasifier\.\*\*'"):
+        make_guard(text).round(1, state_of(net())).__enter__()
+
+
+def test_a_memory_of_earlier_models_that_cannot_be_read_stops_the_round(
+    make_guard, tmp_path
+) -> None:
+    start = state_of(net())
+    with make_guard().round(1, start):
+        pass
+    next((tmp_path / "site" / "history").glob("*.history.json")).write_bytes(b"\xff\x00junk")
+    with pytest.raises(Withheld) as caught:
+        make_guard().round(2, start).__enter__()
+    assert caught.value.reason is Reason.STATE_UNSAFE
+
+
+def test_an_unforeseen_error_at_the_door_refuses_the_round_without_its_text(
+    make_guard, tmp_path, monkeypatch, capsys
+) -> None:
+    def breaks(*_: object, **__: object) -> None:
+        raise RuntimeError("value 0.123")
+
+    monkeypatch.setattr("sentinel.detection.inspect_global_model", breaks)
+    with pytest.raises(Withheld) as caught:
+        make_guard().round(1, state_of(net())).__enter__()
+    assert caught.value.reason is Reason.INTERNAL_ERROR
+    assert "0.123" not in str(caught.value) + capsys.readouterr().err
+    assert records(tmp_path)[-1] == "round.refused"
