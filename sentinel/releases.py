@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from sentinel.update import State
+
 
 class Fate(enum.StrEnum):
     """How a round ended."""
@@ -102,20 +104,8 @@ class Releases:
         replace_file(self._path(key, "json"), json.dumps(asdict(ending)).encode())
 
     def store(self, key: RoundKey, state: dict[str, torch.Tensor]) -> None:
-        """Write what will be released, durably, without a copy in memory."""
-        path = self._path(key, "safetensors")
-        draft = draft_of(path)
-        os.close(open_private(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC))
-        try:
-            safetensors.torch.save_file(state, draft)
-            draft.chmod(0o600)
-            sync_file(draft)
-            draft.replace(path)
-        except SafetensorError as error:
-            raise OSError("the released tensors could not be written") from error
-        finally:
-            draft.unlink(missing_ok=True)
-        sync_folder(self._folder)
+        """Write what will be released, durably."""
+        write_tensors(self._path(key, "safetensors"), state)
 
     def load(self, key: RoundKey, ending: Ending) -> dict[str, torch.Tensor]:
         """The stored tensors of a released round.
@@ -154,6 +144,28 @@ class Releases:
 
     def _path(self, key: RoundKey, suffix: str) -> Path:
         return self._folder / f"{key.digest}.{suffix}"
+
+
+def write_tensors(path: Path, state: State) -> None:
+    """Write safetensors, without a copy in memory, so that `path` is whole or untouched.
+
+    The file is durable when this returns, and readable by its owner alone.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    draft = draft_of(path)
+    os.close(open_private(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+    try:
+        safetensors.torch.save_file(state, draft)
+        draft.chmod(0o600)
+        sync_file(draft)
+        draft.replace(path)
+    except SafetensorError as error:
+        raise OSError("the released tensors could not be written") from error
+    finally:
+        draft.unlink(missing_ok=True)
+    sync_folder(path.parent)
 
 
 def _read_ending(path: Path) -> Ending | None:

@@ -6,7 +6,7 @@ import enum
 import os
 import secrets
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -21,9 +21,6 @@ from sentinel.cli.console import (
     working,
 )
 from sentinel.errors import MisuseError
-
-if TYPE_CHECKING:
-    from sentinel.update import State
 
 
 class Form(enum.StrEnum):
@@ -56,6 +53,7 @@ def sanitize_command(
     Without --round every call is a round of its own, with a new charge.
     """
     from sentinel.guard import Guard
+    from sentinel.releases import write_tensors
 
     _require_writable(out, update, base)
     global_state = read_tensors(base, "the global model")
@@ -116,20 +114,3 @@ def _tell(summary: dict[str, Any]) -> None:
     )
     if summary["promise"] is None:
         screen.print("  no formal guarantee: the policy promises none.")
-
-
-def write_tensors(path: Path, state: State) -> None:
-    """Write safetensors so that `path` is whole or untouched, readable by its owner alone."""
-    import safetensors.torch
-
-    from sentinel.durable import draft_of, open_private, sync_file
-
-    draft = draft_of(path)
-    os.close(open_private(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
-    try:
-        safetensors.torch.save_file(state, draft)
-        draft.chmod(0o600)
-        sync_file(draft)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)

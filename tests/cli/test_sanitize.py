@@ -9,7 +9,9 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -194,10 +196,14 @@ def test_an_output_that_cannot_work_is_misuse_before_anything_is_charged(sanitiz
 def test_a_released_round_that_could_not_be_written_can_be_asked_for_again(
     sanitize, monkeypatch
 ) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+    write = safetensors.torch.save_file
 
-    monkeypatch.setattr("sentinel.cli.sanitize.write_tensors", full)
+    def full(state: object, path: Path) -> None:
+        if "out" in path.name:
+            raise SafetensorError("No space left on device")
+        write(state, path)
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     done = sanitize()
     assert done.exit_code == 1
     monkeypatch.undo()
