@@ -38,9 +38,8 @@ from sentinel.mechanism import GaussianMechanism
 from sentinel.mechanism.transform import Transformed, transform_
 from sentinel.policy import decide, let_out
 from sentinel.privacy import Charge, Head
-from sentinel.privacy.ledger import GENESIS
 from sentinel.releases import Ending, Fate
-from sentinel.terms import Action, Evidence, Plan, Reason, Sharpness
+from sentinel.terms import GENESIS, Action, Evidence, Plan, Reason, Sharpness
 from sentinel.update import Kind, State, Update, model_digest
 
 if TYPE_CHECKING:
@@ -266,7 +265,8 @@ def _require_release(house: House, evidence: Evidence, plan: Plan) -> None:
         raise Withheld(
             Reason.NOTHING_LET_OUT, "No rule of the policy lets any parameter of this model leave."
         )
-    by_score = decide(house.rules, _without_sensitivity(evidence)).action < plan.action
+    calm = replace(evidence, sensitivity=0.0)
+    by_score = decide(house.rules, calm).action < plan.action
     reason = Reason.TOO_SENSITIVE if by_score else Reason.WITHHELD_BY_RULE
     deciding = ", ".join(
         rule.id
@@ -277,12 +277,6 @@ def _require_release(house: House, evidence: Evidence, plan: Plan) -> None:
     raise Withheld(
         reason,
         f"The policy withholds this update (rule {deciding}; sensitivity score {score:.2f}).",
-    )
-
-
-def _without_sensitivity(evidence: Evidence) -> Evidence:
-    return Evidence(
-        evidence.coordinates, 0.0, evidence.suspicion, evidence.budget_spent, evidence.unhealthy
     )
 
 

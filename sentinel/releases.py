@@ -126,12 +126,16 @@ class Releases:
         return next(self._folder.glob("*.json"), None) is not None
 
     def keep_newest(self, count: int) -> None:
-        """Remove the tensors of all but the `count` newest releases; their tombstones stay."""
-        stored = sorted(
-            self._folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns
-        )
-        for path in stored[: max(0, len(stored) - count)]:
-            self._prune(path.with_suffix(".json"))
+        """Remove the tensors of all but the `count` newest releases; their tombstones stay.
+
+        One process at a time: nothing vanishes while another one looks at it.
+        """
+        with locked(self._folder / "prune.lock"):
+            stored = sorted(
+                self._folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns
+            )
+            for path in stored[: max(0, len(stored) - count)]:
+                self._prune(path.with_suffix(".json"))
 
     def _prune(self, path: Path) -> None:
         ending = _read_ending(path)

@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
+# Standard deviation / clip norm below which accountants ask for terabytes and an epsilon means
+# nothing.
+SMALLEST_NOISE_MULTIPLIER = 0.05
+# What the first link of a chain of hashes names as the one before it.
+GENESIS = "0" * 64
+
+
 class Action(enum.IntEnum):
     """What may happen to a parameter or an update; a larger value is stricter."""
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
+from sentinel.durable import locked
 from sentinel.errors import Withheld
 from sentinel.releases import Ending, Fate, Releases, RoundKey
 from sentinel.terms import Reason
@@ -82,6 +84,19 @@ def test_only_the_newest_releases_are_kept_and_tombstones_of_the_others(tmp_path
     assert fates == [Fate.PRUNED, Fate.PRUNED, Fate.RELEASED, Fate.RELEASED]
     assert len(list((tmp_path / "r").glob("*.safetensors"))) == 2
     assert releases.holds_any()
+
+
+def test_one_process_prunes_at_a_time(tmp_path: Path) -> None:
+    """Otherwise a guard fails because another one removed the file it was looking at."""
+    releases, _ = release(tmp_path / "r")
+    with ThreadPoolExecutor(1) as pool:
+        with locked(tmp_path / "r" / "prune.lock"):
+            waiting = pool.submit(Releases(tmp_path / "r").keep_newest, 0)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.3)
+            assert releases.ending(KEY).fate is Fate.RELEASED
+        waiting.result(timeout=10)
+    assert releases.ending(KEY).fate is Fate.PRUNED
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"fate": "sold"}', '{"reason": null, "x": 1}'])

@@ -23,13 +23,12 @@ from sentinel.audit.records import (
 )
 from sentinel.durable import locked, open_private, private_folder, sync_folder
 from sentinel.errors import Withheld
-from sentinel.terms import Reason
+from sentinel.terms import GENESIS, Reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-GENESIS = "0" * 64
 _TAIL = 1 << 16  # longer than any record
 FILE_NAME = "audit.jsonl"
 

@@ -6,9 +6,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sentinel.audit.log import GENESIS, read_log
+from sentinel.audit.log import read_log
 from sentinel.errors import Withheld
-from sentinel.terms import Reason
+from sentinel.terms import GENESIS, Reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from sentinel.policy import globs
-from sentinel.terms import Action, Adjacency, Unit
+from sentinel.terms import SMALLEST_NOISE_MULTIPLIER, Action, Adjacency, Unit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 MAX_RULES = 256
 MAX_GLOBS = 64
-MIN_NOISE_MULTIPLIER = 0.05
 NUM_EXAMPLES = "num-examples"
 
 # What a rule for ** lets out and should not leave.
@@ -91,9 +90,9 @@ def _readable(version: int) -> int:
 
 
 def _meant_for_noise(value: float) -> float:
-    if value < MIN_NOISE_MULTIPLIER:
+    if value < SMALLEST_NOISE_MULTIPLIER:
         raise ValueError(
-            f"expected {MIN_NOISE_MULTIPLIER} or more: below it the privacy accountants break "
+            f"expected {SMALLEST_NOISE_MULTIPLIER} or more: below it the privacy accountants break "
             "down numerically, and what they would report is no protection in any case"
         )
     return value
@@ -142,7 +141,7 @@ class Privacy(Strict):
     clip_norm: Norm = Field(description="L2")
     noise_multiplier: Annotated[float, Field(le=1e6), AfterValidator(_meant_for_noise)] = Field(
         description="standard deviation of the noise / clip_norm",
-        json_schema_extra={"minimum": MIN_NOISE_MULTIPLIER},
+        json_schema_extra={"minimum": SMALLEST_NOISE_MULTIPLIER},
     )
 
     @model_validator(mode="after")

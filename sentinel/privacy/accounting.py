@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sentinel.privacy.events import GaussianEvent
-from sentinel.terms import Adjacency, Unit
+from sentinel.terms import SMALLEST_NOISE_MULTIPLIER, Adjacency, Unit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from sentinel.privacy.events import UnboundedEvent
 
-# Below this multiplier accountants ask for terabytes and the epsilon means nothing.
-SMALLEST_NOISE_MULTIPLIER = 0.05
 
 ACCOUNTANT = "exact Gaussian composition"
 

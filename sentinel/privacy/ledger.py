@@ -23,7 +23,7 @@ from sentinel.durable import open_private
 from sentinel.errors import Withheld
 from sentinel.privacy.accounting import total
 from sentinel.privacy.events import event_from_json
-from sentinel.terms import Reason
+from sentinel.terms import GENESIS, Reason
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from sentinel.privacy.accounting import Promise, Spent
     from sentinel.privacy.events import GaussianEvent, UnboundedEvent
 
-GENESIS = "0" * 64
 _SCHEMA_VERSION = 1
 _BUSY_SECONDS = 30.0
 _CREATE = """

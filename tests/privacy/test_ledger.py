@@ -12,8 +12,7 @@ import pytest
 
 from sentinel.errors import Withheld
 from sentinel.privacy import Charge, GaussianEvent, Head, Ledger, Promise, UnboundedEvent
-from sentinel.privacy.ledger import GENESIS
-from sentinel.terms import Adjacency, Reason, Unit
+from sentinel.terms import GENESIS, Adjacency, Reason, Unit
 
 if TYPE_CHECKING:
     from pathlib import Path
