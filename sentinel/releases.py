@@ -101,7 +101,7 @@ class Releases:
 
     def end(self, key: RoundKey, ending: Ending) -> None:
         """Write the fate of a round, durably."""
-        replace_file(self._path(key, "json"), json.dumps(asdict(ending)).encode())
+        _write_ending(self._path(key, "json"), ending)
 
     def store(self, key: RoundKey, state: dict[str, torch.Tensor]) -> None:
         """Write what will be released, durably."""
@@ -141,8 +141,7 @@ class Releases:
         ending = _read_ending(path)
         if ending is None or ending.fate is not Fate.RELEASED:
             return
-        tombstone = replace(ending, fate=Fate.PRUNED)
-        replace_file(path, json.dumps(asdict(tombstone)).encode())
+        _write_ending(path, replace(ending, fate=Fate.PRUNED))
         path.with_suffix(".safetensors").unlink(missing_ok=True)
         sync_folder(self._folder)
 
@@ -182,6 +181,10 @@ def _read_ending(path: Path) -> Ending | None:
         return Ending(fate=fate, reason=None if reason is None else Reason(reason), **found)
     except (ValueError, TypeError, KeyError, AttributeError):
         raise _closed("cannot be read, so it stays closed") from None
+
+
+def _write_ending(path: Path, ending: Ending) -> None:
+    replace_file(path, json.dumps(asdict(ending)).encode())
 
 
 def _closed(problem: str) -> Withheld:

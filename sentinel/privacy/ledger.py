@@ -86,16 +86,10 @@ class Charge:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One event as it stands in the ledger."""
+class Row(Charge):
+    """One event as it stands in the ledger, with its place."""
 
     seq: int
-    at: int
-    dataset: str
-    policy: str
-    round: str
-    event: GaussianEvent | UnboundedEvent
-    log_head: Head
 
 
 class Ledger:
@@ -302,13 +296,13 @@ def _row(columns: tuple[object, ...]) -> Row:
     except ValueError:
         raise _damaged("holds an event of an unknown kind or version") from None
     return Row(
-        int(str(seq)),
-        int(str(at)),
-        str(dataset),
-        str(policy),
-        str(round_key),
-        known,
-        Head(int(str(log_seq)), str(log_head)),
+        seq=int(str(seq)),
+        at=int(str(at)),
+        dataset=str(dataset),
+        policy=str(policy),
+        round=str(round_key),
+        event=known,
+        log_head=Head(int(str(log_seq)), str(log_head)),
     )
 
 
