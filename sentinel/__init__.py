@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sentinel.errors import MisuseError, PolicyError, RoundRefused, SentinelError, Withheld
-    from sentinel.guard import Guard, Round, connect
+    from sentinel.guard import Guard, connect
     from sentinel.policy import Policy
+    from sentinel.round import Round
 
 _HOMES = {
     "Guard": "sentinel.guard",
     "MisuseError": "sentinel.errors",
     "Policy": "sentinel.policy",
     "PolicyError": "sentinel.errors",
-    "Round": "sentinel.guard",
+    "Round": "sentinel.round",
     "RoundRefused": "sentinel.errors",
     "SentinelError": "sentinel.errors",
     "Withheld": "sentinel.errors",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from sentinel import audit, detection
 from sentinel.audit import AlertEvent
+from sentinel.bounds import auto_norms
 from sentinel.detection.bundle import GLOBAL_MODEL, UPDATE_SENSITIVITY
 from sentinel.errors import MisuseError, PolicyError, RoundRefused, Withheld
 from sentinel.gate import gate, require_open, require_sound
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from sentinel.detection import Inspection, Reference, SensitivityScore
     from sentinel.house import House
     from sentinel.policy import Policy
+    from sentinel.privacy import DpSgdEvent
     from sentinel.release import Measure
     from sentinel.releases import RoundKey
     from sentinel.state import StateFolder
@@ -68,8 +70,16 @@ class Door:
             weaknesses=tuple(weaknesses),
         )
 
-    def gate(self, key: RoundKey, base: Mapping[str, torch.Tensor], patients: int | None) -> str:
+    def gate(
+        self,
+        key: RoundKey,
+        base: Mapping[str, torch.Tensor],
+        patients: int | None,
+        least: DpSgdEvent | None = None,
+    ) -> str:
         """Check everything that can be known before the global model is looked at; its digest.
+
+        `least` is what one step of the round's private training costs; None where it has none.
 
         Raises:
             Withheld: nothing trained on it could be released.
@@ -82,7 +92,8 @@ class Door:
         if ending is not None:
             require_open(ending, digest)
         else:
-            gate(self.house, patients)
+            gate(self.house, patients, least)
+            auto_norms(self.house, key)  # unreadable: nothing could be released
         return digest
 
     def inspect(

@@ -46,10 +46,14 @@ def storage() -> Iterator[None]:
 
 
 def remove_drafts(folder: Path, now: float) -> None:
-    """Remove drafts that a killed process left behind: those older than an hour."""
-    for draft in folder.glob(".*.draft"):
-        if draft.lstat().st_mtime < now - _STALE:
-            draft.unlink(missing_ok=True)
+    """Remove drafts that a killed process left behind: those older than an hour.
+
+    The tensor library writes a draft of its own, `.tmp` and six letters, of a model's size.
+    """
+    for pattern in (".*.draft", ".tmp??????"):
+        for draft in folder.glob(pattern):
+            if draft.lstat().st_mtime < now - _STALE:
+                draft.unlink(missing_ok=True)
 
 
 def private_folder(path: Path) -> Path:

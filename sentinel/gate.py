@@ -13,12 +13,19 @@ from sentinel.terms import Reason, Unit
 if TYPE_CHECKING:
     from sentinel.house import House
     from sentinel.policy import Policy
+    from sentinel.privacy import DpSgdEvent, Event
     from sentinel.releases import Ending
     from sentinel.state import StateFolder
 
 
-def gate(house: House, patients: int | None) -> None:
-    """Step 0: whatever can be said before the update is looked at."""
+def gate(house: House, patients: int | None, least: DpSgdEvent | None = None) -> None:
+    """Step 0: whatever can be said before the update is looked at.
+
+    Args:
+        house: policy and ledger.
+        patients: how many stand behind the update, as the caller says.
+        least: what one step of the round's private training costs; None where it has none.
+    """
     policy = house.rules
     if policy.expired(_today(house)):
         raise Withheld(
@@ -26,16 +33,23 @@ def gate(house: House, patients: int | None) -> None:
         )
     _require_patients(policy, patients)
     house.ledger.require_rate(policy.dataset, house.now(), policy.limits.rounds_per_day)
-    if policy.privacy is not None and policy.privacy.unit is not Unit.SITE:
+    promise = promise_of(policy)
+    if promise is not None:
+        house.ledger.require_budget(policy.dataset, _least(policy, least), promise)
+
+
+def _least(policy: Policy, step: DpSgdEvent | None) -> Event:
+    """The least that the round can cost."""
+    if policy.privacy is None or policy.privacy.unit is Unit.SITE:
+        return event_of(policy)
+    if step is None:
         raise Withheld(
             Reason.PROMISE_NOT_KEPT,
             f"The policy promises privacy per {policy.privacy.unit}, which the training step has "
-            "to keep, and this update does not come from private training. Use a policy with unit "
-            '"site" or without a promise.',
+            "to keep, and this round has no private training: wrap model, optimizer and loader "
+            "with guard.private(...) before it.",
         )
-    promise = promise_of(policy)
-    if promise is not None:
-        house.ledger.require_budget(policy.dataset, event_of(policy), promise)
+    return step
 
 
 def _today(house: House) -> dt.date:

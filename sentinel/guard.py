@@ -3,50 +3,39 @@
 from __future__ import annotations
 
 import datetime as dt
-import enum
 import functools
 import json
-import math
-import operator
-import os
 import secrets
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from torch import nn
 
-from sentinel.audit import AlertEvent, Alerts, RoundAborted
-from sentinel.chunks import few_threads
+from sentinel.arguments import require_dataset, require_name, require_policy, require_whole
+from sentinel.audit import AlertEvent, Alerts
 from sentinel.door import Door
+from sentinel.dpsgd import wrap
 from sentinel.durable import storage
-from sentinel.errors import MisuseError, SentinelError, Withheld, unforeseen
+from sentinel.errors import MisuseError, Withheld
 from sentinel.house import House
 from sentinel.mechanism import SystemEntropy
-from sentinel.policy import LoadedPolicy, load_policy
-from sentinel.policy.schema import NUM_EXAMPLES
-from sentinel.release import Decided, OpenRound, Released, release
 from sentinel.releases import RoundKey
+from sentinel.round import Round
 from sentinel.state import StateFolder
 from sentinel.terms import Reason
-from sentinel.update import (
-    Kind,
-    State,
-    check_structure,
-    model_digest,
-    require_state,
-    shares_storage,
-)
+from sentinel.trainee import OwnModel, require_one_process
+from sentinel.update import State, model_digest, require_state
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Hashable, Iterable, Mapping
     from pathlib import Path
-    from types import TracebackType
     from typing import TextIO
 
     import torch
+    from torch.utils.data import DataLoader
 
-    from sentinel.detection import Inspection
-
-_LARGEST_NUMBER = 2**53
+    from sentinel.dpsgd import PrivateLoader, PrivateTraining
+    from sentinel.policy import LoadedPolicy
+    from sentinel.trainee import Trainee
 
 
 class Guard:
@@ -94,10 +83,10 @@ class Guard:
             MisuseError: an argument that cannot be right.
             Withheld: the state folder, ledger or log cannot be trusted, or a detector is missing.
         """
-        self._federation = _require_name(federation, "federation")
-        self._run = _require_name(run, "run")
-        loaded = _require_policy(policy)
-        _require_dataset(loaded, dataset)
+        self._federation = require_name(federation, "federation")
+        self._run = require_name(run, "run")
+        loaded = require_policy(policy)
+        require_dataset(loaded, dataset)
         told = Alerts(alerts)
         try:
             self._state = StateFolder(state_dir)
@@ -109,8 +98,10 @@ class Guard:
                 entropy=SystemEntropy,
                 clock=lambda: dt.datetime.now(dt.UTC),
                 process=secrets.token_hex(16),
+                memory=lambda key: self._state.memory(key, loaded.policy.dataset),
             )
             self._door = Door(house, self._state, told, inspects=not unsafe_skip_inspection)
+            self._private: dict[nn.Module, PrivateTraining] = {}
             self._door.start()
         except Withheld as error:
             told.send(AlertEvent.GUARD_NOT_STARTED, reason=error.reason)
@@ -141,14 +132,75 @@ class Guard:
         Raises:
             MisuseError: an argument that cannot be right.
         """
-        number = _require_whole(number, "The number of a round")
+        number = require_whole(number, "The number of a round")
         if patients is not None:
-            patients = _require_whole(patients, "patients")
+            patients = require_whole(patients, "patients")
         if model is not None and not isinstance(model, nn.Module):
             raise MisuseError("model must be a torch.nn.Module; pass the model itself.")
         require_state(global_state, "global_state")
+        trainee = None if model is None else OwnModel(model)
+        private = None if model is None else self._private.get(model)
+        return self.round_of(number, global_state, trainee, patients, private)
+
+    def round_of(
+        self,
+        number: int,
+        global_state: Mapping[str, torch.Tensor],
+        trainee: Trainee | None,
+        patients: int | None,
+        private: PrivateTraining | None = None,
+    ) -> Round:
+        """A round of whatever is trained; arguments that `round` would refuse are not checked."""
         key = RoundKey(self._federation, self._run, number)
-        return Round(self._door, key, global_state, model, patients)
+        return Round(self._door, key, global_state, trainee, patients, private)
+
+    def private(  # noqa: PLR0913 - each names one thing that the loop has
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loader: DataLoader[Any],
+        *,
+        patients: Iterable[Hashable] | None = None,
+        loss_reduction: Literal["mean", "sum"] = "mean",
+        max_records: int | None = None,
+    ) -> tuple[nn.Module, torch.optim.Optimizer, PrivateLoader]:
+        """Make a training loop private per patient or per record (DP-SGD), as the policy promises.
+
+        The loop stays as it is; it trains inside `with guard.round(...)`, on the loader that this
+        gives, with one `optimizer.step()` for each batch. See docs/private-training.md.
+
+        Args:
+            model: changed in place, by hooks alone; BatchNorm and other layers that mix records are
+                refused, with the replacement named.
+            optimizer: fresh, of torch.optim, over the model's trainable parameters.
+            loader: a DataLoader over a data set with indices; batches are drawn anew from it.
+            patients: whose each record is: one id for each index of the data set. Only grouped by,
+                never kept or logged. Not needed under unit "record".
+            loss_reduction: whether the loss is the mean or the sum over a batch.
+            max_records: most records given out at once, to bound memory; the step then comes with
+                the last piece of a batch.
+
+        Returns:
+            The same model, the same optimizer, and a loader of Poisson-sampled batches.
+
+        Raises:
+            MisuseError: a model, optimizer or loader that cannot be made private, and what to do.
+            PolicyError: the policy lacks a figure, such as `privacy.batch`.
+        """
+        require_one_process()
+        if model in self._private:
+            self._private.pop(model).remove()
+        training, batches = wrap(
+            self._door.house,
+            model,
+            optimizer,
+            loader,
+            patients=patients,
+            loss_reduction=loss_reduction,
+            max_records=max_records,
+        )
+        self._private[model] = training
+        return model, optimizer, batches
 
     def protect(self, train: Callable[..., Mapping[str, torch.Tensor]]) -> Callable[..., State]:
         """Wrap a function `(global_state, ...) -> local_state` so that it returns what may leave.
@@ -190,204 +242,6 @@ class Guard:
         return number
 
 
-class _Stage(enum.Enum):
-    """Where a round stands; what may follow is in `Round`."""
-
-    NEW = "not entered yet"
-    OPEN = "open"
-    TRAINED = "trained, not released yet"
-    RELEASED = "released"
-    WITHHELD = "withheld"
-    REFUSED = "refused"
-    ABORTED = "aborted by an error in its block"
-
-
-class Round:
-    """One round: new, open, trained, and then released, withheld or aborted; wrong order raises."""
-
-    def __init__(
-        self,
-        door: Door,
-        key: RoundKey,
-        global_state: Mapping[str, torch.Tensor],
-        model: nn.Module | None,
-        patients: int | None,
-    ) -> None:
-        """Made by `Guard.round`."""
-        self.key = key
-        self.patients = patients
-        self._door = door
-        self._global_state = global_state
-        self._model = model
-        self._stage = _Stage.NEW
-        self._digest: str | None = None
-        self._opened: OpenRound | None = None
-        self._inspection: Inspection | None = None
-        self._released: Released | None = None
-
-    @property
-    def inspection(self) -> Inspection | None:
-        """What the inspection found; None before entry, or where inspection is switched off."""
-        return self._inspection
-
-    @property
-    def replayed(self) -> bool:
-        """Whether the release gave the stored bytes of an earlier one."""
-        return self._released is not None and self._released.replayed
-
-    @property
-    def decided(self) -> Decided | None:
-        """Evidence and plan of the release, for the screen; None before it, and for a replay."""
-        return None if self._released is None else self._released.decided
-
-    def __enter__(self) -> Self:
-        """Inspect the global model and load it.
-
-        Raises:
-            RoundRefused: do not train on it.
-            Withheld: whatever would be trained could not be released.
-        """
-        self._require(_Stage.NEW)
-        try:
-            with storage():
-                base = self._own_base()
-                with few_threads(base):
-                    self._opened = self._open(base)
-        except Withheld as error:
-            self._refuse(error.reason)
-            raise
-        except SentinelError:
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever it is, the round is not opened
-            refusal = unforeseen(error)
-            self._refuse(refusal.reason)
-            raise refusal from None
-        self._stage = _Stage.OPEN
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """End training; an exception in the block aborts the round."""
-        if self._stage is not _Stage.OPEN:
-            return
-        if kind is None:
-            self._stage = _Stage.TRAINED
-            return
-        self._stage = _Stage.ABORTED
-        try:
-            self._door.house.write(RoundAborted, round=self.key.digest)
-        except Withheld as unwritten:  # the error of the block is the one to be seen
-            self._tell(AlertEvent.UPDATE_WITHHELD, unwritten.reason)
-
-    def release(
-        self, local_state: Mapping[str, torch.Tensor] | None = None, *, kind: Kind = "weights"
-    ) -> State:
-        """Sanitize the update and give what may leave.
-
-        Args:
-            local_state: after training; only where the round was opened without a model.
-            kind: "weights" (global + sanitized delta) or "delta".
-
-        Returns:
-            A state dict with the global state's names, shapes and dtypes, in memory of its own.
-
-        Raises:
-            Withheld: nothing leaves; `.reason` says why.
-            MisuseError: wrong order, or a local state where none (or one) was expected.
-        """
-        self._require(_Stage.OPEN, _Stage.TRAINED, _Stage.RELEASED)
-        if kind not in ("weights", "delta"):
-            raise MisuseError('kind must be "weights" or "delta".')
-        local = self._local(local_state)
-        assert self._opened is not None  # noqa: S101 - follows from the stage
-        try:
-            self._released = release(self._door.house, self._opened, local, kind)
-        except Withheld as error:
-            self._stage = _Stage.WITHHELD
-            self._tell(AlertEvent.UPDATE_WITHHELD, error.reason)
-            raise
-        self._stage = _Stage.RELEASED
-        return self._released.state
-
-    def metrics(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Those of `values` that the policy lets leave.
-
-        Under a promise `num-examples` is the public figure of the policy, whatever is passed.
-
-        Raises:
-            MisuseError: the round has not been released, or a metric that may leave is no finite
-                number.
-        """
-        self._require(_Stage.RELEASED)
-        policy = self._door.house.rules
-        allowed = {
-            name: _require_number(value, name)
-            for name, value in values.items()
-            if name in policy.limits.metrics
-        }
-        if policy.privacy is not None and NUM_EXAMPLES in allowed:
-            public = policy.privacy.patients
-            return {} if public is None else {NUM_EXAMPLES: public}
-        return allowed
-
-    def _open(self, base: Mapping[str, torch.Tensor]) -> OpenRound:
-        """Gate, inspect, judge, load."""
-        door, model = self._door, self._model
-        if model is not None:
-            _require_fit(base, model)
-        self._digest = digest = door.gate(self.key, base, self.patients)
-        self._inspection = door.inspect(self.key, base, model)
-        suspicion, unhealthy = door.admit(self.key, digest, self._inspection)
-        if model is not None:
-            model.load_state_dict(dict(base))
-        return OpenRound(
-            key=self.key,
-            base=base,
-            global_model=digest,
-            buffers=() if model is None else _buffers(model),
-            patients=self.patients,
-            suspicion=suspicion,
-            unhealthy=unhealthy,
-            measure=door.measure(model, base),
-        )
-
-    def _own_base(self) -> Mapping[str, torch.Tensor]:
-        """The global state; a copy where training the model would change it."""
-        state = self._global_state
-        if self._model is None or not shares_storage(state, self._model.state_dict(keep_vars=True)):
-            return dict(state)
-        return {name: value.detach().clone() for name, value in state.items()}
-
-    def _local(
-        self, local_state: Mapping[str, torch.Tensor] | None
-    ) -> Callable[[], Mapping[str, torch.Tensor]]:
-        if self._model is not None:
-            if local_state is not None:
-                raise MisuseError("The round has a model; release() takes no local state.")
-            return self._model.state_dict
-        if local_state is None:
-            raise MisuseError("The round has no model; hand the local state to release().")
-        require_state(local_state, "local_state")
-        return lambda: local_state
-
-    def _require(self, *stages: _Stage) -> None:
-        if self._stage not in stages:
-            expected = " or ".join(stage.value for stage in stages)
-            raise MisuseError(f"The round is {self._stage.value}; expected: {expected}.")
-
-    def _refuse(self, reason: Reason) -> None:
-        self._stage = _Stage.REFUSED
-        self._door.refuse(self.key, self._digest, self._inspection, reason)
-
-    def _tell(self, event: AlertEvent, reason: Reason) -> None:
-        verdict = None if self._inspection is None else self._inspection.verdict
-        self._door.tell(event, self.key, reason, verdict)
-
-
 def connect(address: str | Path) -> NoReturn:
     """Reach the agent of this site over its socket.
 
@@ -398,70 +252,6 @@ def connect(address: str | Path) -> NoReturn:
         f"There is no agent to connect to at {address}: this version has the embedded mode only. "
         "Use sentinel.Guard(policy=..., state_dir=...)."
     )
-
-
-def _require_name(name: str, what: str) -> str:
-    if not isinstance(name, str) or not name or len(name) > 200 or not name.isprintable():  # noqa: PLR2004 - a generous line
-        raise MisuseError(f"{what} must be a printable name of 1 to 200 characters.")
-    return name
-
-
-def _require_dataset(loaded: LoadedPolicy, dataset: str | None) -> None:
-    if dataset is not None and dataset != loaded.policy.dataset:
-        raise MisuseError(
-            f"The policy is for the dataset {loaded.policy.dataset!r}; code may only repeat that "
-            "name. Change the policy file to name another."
-        )
-
-
-def _require_policy(policy: str | Path | LoadedPolicy) -> LoadedPolicy:
-    if isinstance(policy, LoadedPolicy):
-        return policy
-    if isinstance(policy, str | os.PathLike):
-        return load_policy(policy)
-    raise MisuseError(
-        "policy must be the name of a shipped policy, the path of a policy file, or what "
-        "load_policy gave."
-    )
-
-
-def _require_whole(value: object, what: str) -> int:
-    """A whole number from 0, also from numpy; a boolean or a decimal number is none."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise MisuseError(f"{what} must be a whole number; convert it with int(...).")
-    number = operator.index(value)
-    if not 0 <= number <= _LARGEST_NUMBER:
-        raise MisuseError(f"{what} must be a number from 0 to 2**53.")
-    return number
-
-
-def _require_number(value: object, name: str) -> float:
-    """A finite number; also of numpy, and a tensor of one value."""
-    refusal = MisuseError(f"Metric {name!r} must be a finite number.")
-    if isinstance(value, bool | str):
-        raise refusal
-    try:
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        raise refusal from None
-    if not math.isfinite(number):
-        raise refusal
-    return value if isinstance(value, int) else number
-
-
-def _require_fit(base: Mapping[str, torch.Tensor], model: nn.Module) -> None:
-    """Refuse a global model that this site's model cannot take, before anything is loaded."""
-    own = model.state_dict()
-    check_structure(base, own)
-    if all(name.startswith("module.") for name in own) and not any(
-        name.startswith("module.") for name in base
-    ):
-        raise MisuseError("The model is wrapped (DataParallel?); pass model.module to the round.")
-
-
-def _buffers(model: nn.Module) -> list[str]:
-    """Every name of every buffer: one that several modules share has several."""
-    return [name for name, _ in model.named_buffers(remove_duplicate=False)]
 
 
 def _counted(text: str | None) -> tuple[int, str]:

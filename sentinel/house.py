@@ -5,17 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from sentinel.mechanism import slack
 from sentinel.privacy import GaussianEvent, Promise, UnboundedEvent
 
 if TYPE_CHECKING:
     import datetime as dt
     from collections.abc import Callable
 
+    from sentinel.adaptive import Memory
     from sentinel.audit import AuditLog, Entry, Record
     from sentinel.mechanism import Entropy
     from sentinel.policy import LoadedPolicy, Policy
     from sentinel.privacy import Ledger
-    from sentinel.releases import Releases
+    from sentinel.releases import Releases, RoundKey
 
 
 class Clock(Protocol):
@@ -36,6 +38,7 @@ class House:
     entropy: Callable[[], Entropy]
     clock: Clock
     process: str  # random id of the guard, 32 hex digits
+    memory: Callable[[RoundKey], Memory]  # of the bounds of the round's run
 
     @property
     def rules(self) -> Policy:
@@ -72,13 +75,21 @@ def promise_of(policy: Policy) -> Promise | None:
     return Promise(privacy.unit, privacy.adjacency, privacy.epsilon, privacy.delta)
 
 
-def event_of(policy: Policy) -> GaussianEvent | UnboundedEvent:
-    """What one release under the policy costs."""
+def event_of(policy: Policy, coordinates: int = 0) -> GaussianEvent | UnboundedEvent:
+    """What one release under the policy costs, where the promise is the site's or none.
+
+    Args:
+        policy: one that promises nothing, or for a site.
+        coordinates: how many values get noise: each adds to how far it may be from ideal noise.
+    """
     privacy = policy.privacy
     if privacy is None:
         return UnboundedEvent()
+    far = slack(coordinates)
     return GaussianEvent(
         unit=privacy.unit,
         adjacency=privacy.adjacency,
         noise_multiplier=privacy.noise_multiplier,
+        log_ratio=far.log_ratio,
+        mass=far.mass,
     )

@@ -17,7 +17,8 @@ update, and nothing formal is promised. Every error withholds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import contextlib
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Protocol
 
 from sentinel.audit import (
@@ -29,17 +30,17 @@ from sentinel.audit import (
     score_step,
 )
 from sentinel.audit.records import SCORE_STEPS
-from sentinel.chunks import one_thread, sum_of_squares
+from sentinel.bounds import auto_norms, learn
+from sentinel.crew import one_thread
 from sentinel.durable import storage
 from sentinel.errors import MisuseError, SentinelError, Withheld, unforeseen
 from sentinel.gate import gate, require_open, require_sound
 from sentinel.house import event_of, promise_of
-from sentinel.mechanism import GaussianMechanism
-from sentinel.mechanism.transform import Transformed, transform_
+from sentinel.mechanism import GaussianMechanism, Prepared, prepare, transform
 from sentinel.policy import decide, let_out
 from sentinel.privacy import Charge, Head
 from sentinel.releases import Ending, Fate
-from sentinel.terms import GENESIS, Action, Evidence, Plan, Reason, Sharpness
+from sentinel.terms import GENESIS, Action, Evidence, Plan, Reason, Sharpness, Unit
 from sentinel.update import Kind, State, Update, model_digest
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 
     from sentinel.detection import SensitivityScore
     from sentinel.house import House
+    from sentinel.privacy import DpSgdEvent, Event
     from sentinel.releases import RoundKey
 
 # Decided on the update: a retry would be a second answer about the same patients.
@@ -70,9 +72,23 @@ class Measure(Protocol):
         """The sensitivity score of the update, and of each tensor."""
 
 
+class PrivateTraining(Protocol):
+    """Training that keeps a promise per patient or record (DP-SGD)."""
+
+    def first_step(self) -> DpSgdEvent:
+        """What one step costs."""
+
+    def conclude(self, local: Mapping[str, torch.Tensor]) -> DpSgdEvent:
+        """What all steps from the global state to `local` cost.
+
+        Raises:
+            Withheld: PROMISE_NOT_KEPT where anything else had a part in `local`.
+        """
+
+
 @dataclass(frozen=True, slots=True)
-class OpenRound:
-    """A round that was inspected and may be released.
+class PublicRound:
+    """What is public about a round: all that steps 4 to 8 know besides what would leave.
 
     Attributes:
         base: the global state; not written.
@@ -92,16 +108,34 @@ class OpenRound:
 
 
 @dataclass(frozen=True, slots=True)
+class OpenRound(PublicRound):
+    """A round that was inspected and may be released.
+
+    Attributes:
+        private: the training that keeps a promise per patient or record; None where there is none.
+    """
+
+    private: PrivateTraining | None = None
+
+    def public(self) -> PublicRound:
+        """The round without its training."""
+        known = {field.name: getattr(self, field.name) for field in fields(PublicRound)}
+        return PublicRound(**known)
+
+
+@dataclass(frozen=True, slots=True)
 class Outgoing:
     """What would leave: all that steps 4 to 8 are given.
 
     Attributes:
         update: its deltas, and their sums of squares, are noised already where `base_std` is not 0.
         base_std: standard deviation of the noise that step 2 added.
+        event: what it costs.
     """
 
     update: Update
     base_std: float
+    event: Event
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +145,7 @@ class Decided:
     evidence: Evidence
     score: SensitivityScore
     plan: Plan
-    done: Transformed
+    done: Prepared
 
     @property
     def clipped(self) -> bool:
@@ -171,19 +205,33 @@ def release(
 def _first(
     house: House, opened: OpenRound, local: Callable[[], Mapping[str, torch.Tensor]], kind: Kind
 ) -> Released:
-    gate(house, opened.patients)  # 0
+    least = None if opened.private is None else opened.private.first_step()
+    gate(house, opened.patients, least)  # 0
     _require_unreleased(house, opened)
     outgoing = _prepared(house, opened, local)  # 1 and 2
-    spent = _charge(house, opened)  # 3
+    return _settled(house, opened.public(), outgoing, kind)
+
+
+def _settled(house: House, opened: PublicRound, outgoing: Outgoing, kind: Kind) -> Released:
+    """Steps 3 to 8: nothing here leads back to the raw update or to the training."""
+    norms = auto_norms(house, opened.key)
+    spent = _charge(house, opened, outgoing.event)  # 3
     score = opened.measure(outgoing.update.deltas)  # 4
     evidence = Evidence(
-        outgoing.update.coordinates, score.overall, opened.suspicion, spent, opened.unhealthy
+        outgoing.update.coordinates,
+        score.overall,
+        opened.suspicion,
+        spent,
+        opened.unhealthy,
+        norms,
     )
     plan = decide(house.rules, evidence)  # 5
     _require_release(house, evidence, plan)
     state, done = _transform(house, outgoing, plan, kind)  # 6
     decided = Decided(evidence, score, plan, done)
     _record(house, opened, decided, state, kind)  # 7
+    aliases = outgoing.update.aliases
+    learn(house, opened.key, evidence, opened.base, state, deltas=kind == "delta", aliases=aliases)
     return Released(state, decided)  # 8
 
 
@@ -201,15 +249,25 @@ def _prepared(
     house: House, opened: OpenRound, local: Callable[[], Mapping[str, torch.Tensor]]
 ) -> Outgoing:
     """Steps 1 and 2. A refusal that may depend on the update is charged like an answer about it."""
+    state = local()
+    event = _cost(house, opened, state)
     try:
-        return _base_mechanism(house, _read(house, opened, local()))
+        return _base_mechanism(house, _read(house, opened, state), event)
     except Withheld as error:
         if error.reason is Reason.NOT_FINITE:
-            _charge(house, opened)
+            _charge(house, opened, event)
         raise
     except Exception:
-        _charge(house, opened)
+        _charge(house, opened, event)
         raise
+
+
+def _cost(house: House, opened: OpenRound, local: Mapping[str, torch.Tensor]) -> Event:
+    """What the release costs; of private training, once it has shown that it was nothing else."""
+    if opened.private is not None:
+        return opened.private.conclude(local)
+    values = sum(value.numel() for value in opened.base.values() if value.is_floating_point())
+    return event_of(house.rules, values)
 
 
 def _read(house: House, opened: OpenRound, local: Mapping[str, torch.Tensor]) -> Update:
@@ -229,18 +287,17 @@ def _read(house: House, opened: OpenRound, local: Mapping[str, torch.Tensor]) ->
     )
 
 
-def _base_mechanism(house: House, update: Update) -> Outgoing:
+def _base_mechanism(house: House, update: Update, event: Event) -> Outgoing:
     privacy = house.rules.privacy
-    if privacy is None:
-        return Outgoing(update, 0.0)
+    if privacy is None or privacy.unit is not Unit.SITE:
+        return Outgoing(update, 0.0, event)
     mechanism = GaussianMechanism(privacy.clip_norm, privacy.noise_multiplier)
-    mechanism.apply_(update.deltas, update.squares, house.entropy())
-    squares = {name: sum_of_squares(delta) for name, delta in update.deltas.items()}
+    squares = mechanism.apply_(update.deltas, update.squares, house.entropy())
     noised = replace(update, squares=squares)  # the raw sums go no further
-    return Outgoing(noised, privacy.clip_norm * privacy.noise_multiplier)
+    return Outgoing(noised, mechanism.std, event)
 
 
-def _charge(house: House, opened: OpenRound) -> float:
+def _charge(house: House, opened: PublicRound, event: Event) -> float:
     """Write the event; the share of the budget that is spent now."""
     policy, promise = house.rules, promise_of(house.rules)
     last = house.log.last()
@@ -249,7 +306,7 @@ def _charge(house: House, opened: OpenRound) -> float:
         dataset=policy.dataset,
         policy=house.policy.digest,
         round=opened.key.digest,
-        event=event_of(policy),
+        event=event,
         log_head=Head(0, GENESIS) if last is None else Head(last.seq, last.hash),
     )
     house.ledger.charge(charge, promise, per_day=policy.limits.rounds_per_day)
@@ -280,24 +337,15 @@ def _require_release(house: House, evidence: Evidence, plan: Plan) -> None:
     )
 
 
-def _transform(
-    house: House, outgoing: Outgoing, plan: Plan, kind: Kind
-) -> tuple[State, Transformed]:
+def _transform(house: House, outgoing: Outgoing, plan: Plan, kind: Kind) -> tuple[State, Prepared]:
     update = outgoing.update
-    done = transform_(
-        update.deltas,
-        update.squares,
-        plan,
-        aliases=update.aliases,
-        base_std=outgoing.base_std,
-        entropy=house.entropy(),
-    )
-    if not done.released:
+    prepared = prepare(update, plan, base_std=outgoing.base_std)
+    if not prepared.released:
         raise Withheld(Reason.NOTHING_LET_OUT, "Every parameter that could leave is withheld.")
-    return update.assemble(done.released, noised=done.noised, kind=kind), done
+    return transform(update, prepared, kind=kind, entropy=house.entropy()), prepared
 
 
-def _record(house: House, opened: OpenRound, decided: Decided, state: State, kind: Kind) -> None:
+def _record(house: House, opened: PublicRound, decided: Decided, state: State, kind: Kind) -> None:
     evidence, done = decided.evidence, decided.done
     promised = house.rules.privacy is not None
     house.write(
@@ -342,11 +390,20 @@ def _again(house: House, opened: OpenRound, ending: Ending, kind: Kind) -> Relea
 
 
 def _record_withheld(house: House, opened: OpenRound, reason: Reason) -> None:
-    """Write the refusal where that is possible; a log that cannot be written withholds as well."""
+    """Write the refusal down.
+
+    Raises:
+        Withheld: STORAGE_FAILED where an answer about the update could not be kept: it is not told
+            either, since a retry would be a second one.
+    """
     try:
         if reason in _FINAL and house.releases.ending(opened.key) is None:
             ending = Ending(Fate.WITHHELD, opened.global_model, reason=reason)
             house.releases.end(opened.key, ending)
-        house.write(UpdateWithheld, round=opened.key.digest, reason=reason)
     except (OSError, Withheld):
-        return
+        raise Withheld(
+            Reason.STORAGE_FAILED,
+            "The round could not be closed; check space and permissions of the state folder.",
+        ) from None
+    with contextlib.suppress(OSError, Withheld):  # a log that cannot be written withholds as well
+        house.write(UpdateWithheld, round=opened.key.digest, reason=reason)

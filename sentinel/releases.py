@@ -23,6 +23,7 @@ from sentinel.durable import (
     open_private,
     private_folder,
     replace_file,
+    storage,
     sync_file,
     sync_folder,
 )
@@ -105,7 +106,8 @@ class Releases:
 
     def store(self, key: RoundKey, state: dict[str, torch.Tensor]) -> None:
         """Write what will be released, durably."""
-        write_tensors(self._path(key, "safetensors"), state)
+        named = {_stored_name(name): value for name, value in state.items()}
+        write_tensors(self._path(key, "safetensors"), named)
 
     def load(self, key: RoundKey, ending: Ending) -> dict[str, torch.Tensor]:
         """The stored tensors of a released round.
@@ -114,16 +116,22 @@ class Releases:
             Withheld: ROUND_CLOSED where they are missing, or are not what was released.
         """
         try:
-            state = safetensors.torch.load_file(self._path(key, "safetensors"))
+            stored = safetensors.torch.load_file(self._path(key, "safetensors"))
         except (OSError, SafetensorError):
             raise _closed("was released, but the stored tensors cannot be read") from None
+        state = {_own_name(name): value for name, value in stored.items()}
         if model_digest(state) != ending.released:
             raise _closed("was released, but the stored tensors were changed since")
         return state
 
     def holds_any(self) -> bool:
-        """Whether any round has ended here."""
-        return next(self._folder.glob("*.json"), None) is not None
+        """Whether any round has ended here.
+
+        Raises:
+            Withheld: STORAGE_FAILED where the folder cannot be read.
+        """
+        with storage():
+            return next(self._folder.glob("*.json"), None) is not None
 
     def keep_newest(self, count: int) -> None:
         """Remove the tensors of all but the `count` newest releases; their tombstones stay.
@@ -147,6 +155,19 @@ class Releases:
 
     def _path(self, key: RoundKey, suffix: str) -> Path:
         return self._folder / f"{key.digest}.{suffix}"
+
+
+def _is_reserved(name: str) -> bool:
+    """Whether a name is `__metadata__`, which safetensors keeps for itself, or that after `_`s."""
+    return name.startswith("__") and name.lstrip("_") == "metadata__"
+
+
+def _stored_name(name: str) -> str:
+    return f"_{name}" if _is_reserved(name) else name
+
+
+def _own_name(stored: str) -> str:
+    return stored[1:] if _is_reserved(stored) else stored
 
 
 def write_tensors(path: Path, state: State) -> None:

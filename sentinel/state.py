@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sentinel.adaptive import Memory
 from sentinel.audit import AuditLog
 from sentinel.durable import (
     locked,
@@ -25,6 +26,8 @@ from sentinel.terms import Reason
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
+
+    from sentinel.releases import RoundKey
 
 ENVIRONMENT = "SENTINEL_STATE_DIR"
 _LEDGER = "ledger.sqlite"
@@ -92,8 +95,12 @@ class StateFolder:
         """The last round number that was counted, and its global model."""
         return self._run_file("counter", federation, run)
 
-    def _run_file(self, kind: str, federation: str, run: str) -> SmallFile:
-        name = hashlib.sha256(json.dumps([federation, run]).encode()).hexdigest()
+    def memory(self, key: RoundKey, dataset: str) -> Memory:
+        """What `max_norm = "auto"` came to in the run of a round, on one dataset."""
+        return Memory(self._run_file("bounds", key.federation, key.run, dataset))
+
+    def _run_file(self, kind: str, *named: str) -> SmallFile:
+        name = hashlib.sha256(json.dumps(named).encode()).hexdigest()
         return SmallFile(self._history / f"{name}.{kind}.json")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -109,6 +109,26 @@ class Reason(enum.StrEnum):
     WITHHELD_BY_RULE = "withheld-by-rule"
     NOTHING_LET_OUT = "nothing-let-out"
     INTERNAL_ERROR = "internal-error"
+    # Several processes.
+    RANK_LOST = "rank-lost"
+    RANKS_DISAGREE = "ranks-disagree"
+
+
+@dataclass(frozen=True, slots=True)
+class AutoNorm:
+    """The limits between which a `max_norm = "auto"` follows public history; L2 norms."""
+
+    floor: float
+    ceiling: float
+
+    @property
+    def start(self) -> float:
+        """The bound of a round without history: the geometric middle."""
+        return self.clamp(math.sqrt(self.floor) * math.sqrt(self.ceiling))
+
+    def clamp(self, norm: float) -> float:
+        """The nearest bound that is allowed; NaN gives the floor."""
+        return min(self.ceiling, norm) if norm > self.floor else self.floor
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +141,8 @@ class Evidence:
         suspicion: suspicion about the global model, 0 to 1.
         budget_spent: share of the privacy budget that is spent, 0 to 1; 0 without a promise.
         unhealthy: whether the global model is broken rather than crafted.
+        auto_norms: id of each rule with `max_norm = "auto"` -> its bound in this round, which
+            follows from public history alone; where one is left out, the start.
     """
 
     coordinates: Mapping[str, int]
@@ -128,13 +150,14 @@ class Evidence:
     suspicion: float = 1.0
     budget_spent: float = 1.0
     unhealthy: bool = True
+    auto_norms: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse a score outside 0 to 1: NaN would slip under every threshold."""
-        for field in ("sensitivity", "suspicion", "budget_spent"):
-            value = getattr(self, field)
+        for score in ("sensitivity", "suspicion", "budget_spent"):
+            value = getattr(self, score)
             if not 0.0 <= value <= 1.0:
-                msg = f"{field} must be a number from 0 to 1; it is outside"
+                msg = f"{score} must be a number from 0 to 1; it is outside"
                 raise ValueError(msg)
 
 
@@ -171,3 +194,17 @@ class Plan:
     treatments: Mapping[str, Treatment]
     bounds: tuple[NormBound, ...]
     decided_by: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Slack:
+    """How far the noise that was drawn may be from ideal noise, over one release.
+
+    Attributes:
+        log_ratio: bound on |ln(probability drawn / ideal probability)| of the noise of the whole
+            release, wherever the drawn one is not cut off.
+        mass: ideal probability of everything that is cut off.
+    """
+
+    log_ratio: float = 0.0
+    mass: float = 0.0

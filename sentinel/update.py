@@ -26,19 +26,24 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch.nn.parameter import is_lazy
 
-from sentinel.chunks import chunks
+from sentinel.chunks import CHUNK, chunks
+from sentinel.crew import blocks, share_out
 from sentinel.errors import MisuseError, Withheld
+from sentinel.memory import room
 from sentinel.terms import Reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
+
+    from sentinel.crew import Span
 
 State = dict[str, torch.Tensor]
 Kind = Literal["weights", "delta"]
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
-_STATISTICS = ("running_mean", "running_var")
+_VARIANCE = "running_var"
+_STATISTICS = ("running_mean", _VARIANCE)
 
 
 class Role(enum.Enum):
@@ -100,13 +105,8 @@ class Update:
         aliases = _tied(names, global_state, local_state)
         leaving = set(names if let_out is None else let_out(names))
         leaving -= _touched_by(set(names) - leaving, aliases)
-        deltas: State = {}
-        squares: dict[str, float] = {}
-        for name in names:
-            if name in leaving and name not in aliases:
-                deltas[name], squares[name] = _difference(
-                    name, local_state[name], global_state[name]
-                )
+        chosen = [name for name in names if name in leaving and name not in aliases]
+        deltas, squares = _differences(chosen, local_state, global_state)
         _require_measurable(squares)
         kept = {alias: name for alias, name in aliases.items() if alias in leaving}
         return cls(deltas, squares, kept, global_state, roles)
@@ -118,42 +118,77 @@ class Update:
             self.aliases, 0
         )
 
-    def assemble(
+    def assembly(
         self, released: Collection[str], *, noised: Collection[str] = (), kind: Kind = "weights"
-    ) -> State:
-        """Give the update back as a state dict; uses up the deltas.
+    ) -> Assembly:
+        """Begin to give the update back as a state dict; uses up the deltas.
 
         Args:
             released: names in `deltas` that leave; all others go back as the global model has them.
             noised: those of them that carry noise.
             kind: "weights" (global + delta) or "delta".
+        """
+        return Assembly(self, frozenset(released), frozenset(noised), kind)
+
+
+class Assembly:
+    """The state dict of a released update, put together piece by piece.
+
+    Guarantees:
+        Without noise, each value is rounded toward the global model's own, so that the difference
+        which a receiver computes is no larger than the delta in any coordinate. With noise the
+        nearest value is taken (post-processing), and values beyond the dtype's range are set to its
+        largest.
+    """
+
+    def __init__(
+        self, update: Update, released: frozenset[str], noised: frozenset[str], kind: Kind
+    ) -> None:
+        """Made by `Update.assembly`."""
+        self._update, self._kind = update, kind
+        self._released, self._noised = released, noised
+        self._out = {name: _room(update.deltas[name], update.base[name]) for name in released}
+        self._origins = {
+            name: update.base[name].detach().to(out.device).contiguous().view(-1)
+            for name, out in self._out.items()
+        }
+
+    def put(self, name: str, start: int, values: torch.Tensor) -> None:
+        """Take values of the sanitized delta; threads may put different values at once.
+
+        Args:
+            name: one that is released.
+            start: place of the first value in the flattened tensor.
+            values: float64 (values,); used up.
+        """
+        place = slice(start, start + values.numel())
+        target = self._out[name].view(-1)[place]
+        origin = self._origins[name][place] if self._kind == "weights" else None
+        _settle(target, origin, values, nearest=name in self._noised)
+
+    def state(self) -> State:
+        """The finished state dict.
 
         Returns:
             The same names, shapes, dtypes and devices as the global state, contiguous, in memory of
             its own.
-
-        Guarantees:
-            Without noise, each value is rounded toward the global model's own, so that the
-            difference which a receiver computes is no larger than the delta in any coordinate.
-            With noise the nearest value is taken (post-processing), and values beyond the dtype's
-            range are set to its largest.
         """
-        out: State = {}
-        for name, base in self.base.items():
-            if name in released:
-                delta = self.deltas[name]
-                out[name] = _combine(base, delta, nearest=name in noised, kind=kind)
-                if self._is_variance(name) and kind == "weights":
-                    out[name].clamp_(min=torch.finfo(out[name].dtype).tiny)
-            elif self.aliases.get(name) in released:
-                out[name] = out[self.aliases[name]].clone()
+        state: State = {}
+        for name, base in self._update.base.items():
+            original = self._update.aliases.get(name)
+            if name in self._released:
+                state[name] = self._finished(name, base)
+            elif original in self._released:
+                state[name] = state[original].clone()
             else:
-                out[name] = _unchanged(base, kind)
-        return out
+                state[name] = _unchanged(base, self._kind)
+        return state
 
-    @staticmethod
-    def _is_variance(name: str) -> bool:
-        return name.rpartition(".")[2] == "running_var"
+    def _finished(self, name: str, base: torch.Tensor) -> torch.Tensor:
+        out = self._out[name].view(base.shape).to(base.device)
+        if name.rpartition(".")[2] == _VARIANCE and self._kind == "weights":
+            out.clamp_(min=torch.finfo(out.dtype).tiny)
+        return out
 
 
 def check_structure(
@@ -182,8 +217,11 @@ def _check_entry(name: str, value: object) -> None:
         raise _mismatch(name, "has a name that cannot be printed")
     if is_lazy(value):
         raise _mismatch(name, "has no shape yet; run the model once before the round")
-    if value.layout is not torch.strided or value.is_quantized or value.is_meta:
-        raise _mismatch(name, "is sparse, quantized or has no data; a dense tensor was expected")
+    odd = value.is_quantized or value.is_meta or value.is_nested
+    if odd or value.layout is not torch.strided:
+        raise _mismatch(
+            name, "is sparse, nested, quantized or has no data; a dense tensor was expected"
+        )
     if value.dtype not in (*_FLOATS, *_WHOLE):
         raise _mismatch(
             name, "has a dtype that is not supported; use float64/32/16, bfloat16, int or bool"
@@ -243,24 +281,65 @@ def _touched_by(names: set[str], aliases: Mapping[str, str]) -> set[str]:
     return originals | {alias for alias, original in aliases.items() if original in originals}
 
 
-def _difference(name: str, local: torch.Tensor, base: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """`local - base` as fresh contiguous memory, and its sum of squares, in one pass."""
+def _differences(
+    names: list[str],
+    local_state: Mapping[str, torch.Tensor],
+    global_state: Mapping[str, torch.Tensor],
+) -> tuple[State, dict[str, float]]:
+    """`local - global` as fresh contiguous memory, and its sums of squares, in one pass."""
+    local = {name: local_state[name].detach().contiguous() for name in names}
+    base = {name: global_state[name].detach() for name in names}
+    base = {name: value.to(local[name].device).contiguous() for name, value in base.items()}
+    deltas = {name: _room_for_both(local[name], base[name]) for name in names}
+
+    def start() -> Callable[[list[Span]], list[torch.Tensor]]:
+        devices = {delta.device for delta in deltas.values()}
+        wide = {at: torch.empty(CHUNK, dtype=torch.float64, device=at) for at in devices}
+
+        def subtract(spans: list[Span]) -> list[torch.Tensor]:
+            return [_subtract(span, deltas[span.name], local, base, wide) for span in spans]
+
+        return subtract
+
+    cut = blocks(deltas)
+    squares: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    for spans, found in zip(cut, share_out(cut, start), strict=True):
+        for span, square in zip(spans, found, strict=True):
+            squares[span.name].append(square)
+    return deltas, {name: _finite_sum(name, parts) for name, parts in squares.items()}
+
+
+def _room_for_both(local: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     wide = torch.float64 if torch.float64 in (local.dtype, base.dtype) else torch.float32
-    delta = torch.empty(local.shape, dtype=wide, device=local.device)
-    local, base = local.detach().contiguous(), base.detach().to(local.device).contiguous()
+    return room(local.shape, wide, local.device)
+
+
+def _subtract(
+    span: Span,
+    delta: torch.Tensor,
+    local: State,
+    base: State,
+    buffers: Mapping[torch.device, torch.Tensor],
+) -> torch.Tensor:
+    """Write one span of the difference; its sum of squares."""
     total = torch.zeros((), dtype=torch.float64, device=delta.device)
-    for out, new, old in zip(chunks(delta), chunks(local), chunks(base), strict=True):
-        torch.sub(new.to(wide), old.to(wide), out=out)
-        square = out.double()
-        total += torch.dot(square, square)
-    square_sum = float(total)
-    if not math.isfinite(square_sum):
+    triple = (span.of(delta), span.of(local[span.name]), span.of(base[span.name]))
+    for out, new, old in zip(*map(chunks, triple), strict=True):
+        torch.sub(new.to(out.dtype), old.to(out.dtype), out=out)
+        wide = buffers[out.device][: out.numel()].copy_(out)
+        total += torch.dot(wide, wide)
+    return total
+
+
+def _finite_sum(name: str, parts: list[torch.Tensor]) -> float:
+    square = math.fsum(map(float, parts))
+    if not math.isfinite(square):
         raise Withheld(
             Reason.NOT_FINITE,
             f"Entry {name!r} holds values that are not finite (NaN or infinity), or too large to "
             "measure; nothing was released. Check the training step for divergence.",
         )
-    return delta, square_sum
+    return square
 
 
 def _require_measurable(squares: Mapping[str, float]) -> None:
@@ -283,21 +362,24 @@ def _unchanged(base: torch.Tensor, kind: Kind) -> torch.Tensor:
     return base.detach().clone(memory_format=whole)
 
 
-def _combine(base: torch.Tensor, delta: torch.Tensor, *, nearest: bool, kind: Kind) -> torch.Tensor:
-    """`base + delta` (or `delta` alone) in the dtype of `base`; reuses `delta` where it can."""
-    in_place, device = delta.dtype == base.dtype, base.device
-    out = delta if in_place else torch.empty(base.shape, dtype=base.dtype, device=delta.device)
-    base = base.detach().to(delta.device).contiguous()
-    largest = torch.finfo(base.dtype).max
-    for target, change, start in zip(chunks(out), chunks(delta), chunks(base), strict=True):
-        origin = start.double() if kind == "weights" else torch.zeros_like(start).double()
-        wide = change.double()
-        value = (origin + wide).clamp_(-largest, largest).to(base.dtype)
-        if not nearest:
-            beyond = (value.double() - origin).abs() > wide.abs()
-            value = torch.where(beyond, torch.nextafter(value, origin.to(base.dtype)), value)
-        target.copy_(value)
-    return out.view(base.shape).to(device)
+def _room(delta: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """Memory for what leaves: the delta's own where the dtype is the same."""
+    return delta if delta.dtype == base.dtype else room(delta.shape, base.dtype, delta.device)
+
+
+def _settle(
+    target: torch.Tensor, origin: torch.Tensor | None, values: torch.Tensor, *, nearest: bool
+) -> None:
+    """Write `origin + values` (or `values` alone) in the dtype of `target`; uses up `values`."""
+    largest = torch.finfo(target.dtype).max
+    delta = None if nearest else values.abs()
+    if origin is not None:
+        values.add_(origin)
+    target.copy_(values.clamp_(-largest, largest))
+    if delta is not None:
+        start = torch.zeros_like(target) if origin is None else origin
+        beyond = (target.double() - start).abs_() > delta
+        target.copy_(torch.where(beyond, torch.nextafter(target, start), target))
 
 
 def shares_storage(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> bool:

@@ -17,6 +17,7 @@ class FixedEntropy:
 
     def __init__(self, key: int = 0) -> None:
         """Start the stream of `key`."""
+        self._key, self._branches = key, 0
         cipher = Cipher(algorithms.AES(key.to_bytes(32, "big")), modes.CTR(bytes(16)))
         self._keystream = cipher.encryptor()
 
@@ -24,6 +25,11 @@ class FixedEntropy:
         """Overwrite `buffer` with the next bytes of the stream."""
         flat = buffer.cast("B")
         self._keystream.update_into(bytes(len(flat)), flat)
+
+    def branch(self) -> FixedEntropy:
+        """The stream of another key, the same for the n-th branch of the same one."""
+        self._branches += 1
+        return FixedEntropy((self._key << 32) + self._branches)
 
 
 @pytest.fixture

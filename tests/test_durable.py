@@ -51,10 +51,13 @@ def test_a_failed_replacement_leaves_the_old_content_and_no_draft(
 
 
 def test_only_old_drafts_are_removed(tmp_path: Path) -> None:
+    """Ours, and those that the tensor library writes on its way to ours."""
     old, young = draft_of(tmp_path / "a"), draft_of(tmp_path / "a")
-    for path in (old, young, tmp_path / "a"):
+    library = tmp_path / ".tmpaB3dEf"
+    for path in (old, young, library, tmp_path / "a"):
         path.write_bytes(b"")
     os.utime(old, (0, 0))
+    os.utime(library, (0, 0))
     os.utime(tmp_path / "a", (0, 0))
     remove_drafts(tmp_path, time.time())
     assert set(tmp_path.iterdir()) == {young, tmp_path / "a"}

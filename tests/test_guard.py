@@ -636,7 +636,7 @@ def test_an_unforeseen_error_before_the_charge_is_charged_and_closes_the_round(
     def breaks(*_: object, **__: object) -> None:
         raise RuntimeError("7.25")
 
-    monkeypatch.setattr("sentinel.mechanism.gaussian.add_noise_", breaks)
+    monkeypatch.setattr("sentinel.mechanism.gaussian.treat_all_", breaks)
     with pytest.raises(Withheld) as caught:
         rnd.release({name: value + 1 for name, value in start.items()})
     monkeypatch.undo()
@@ -903,3 +903,19 @@ def test_an_unforeseen_error_at_the_door_refuses_the_round_without_its_text(
     assert caught.value.reason is Reason.INTERNAL_ERROR
     assert "0.123" not in str(caught.value) + capsys.readouterr().err
     assert records(tmp_path)[-1] == "round.refused"
+
+
+def test_an_answer_that_cannot_be_kept_is_not_told(make_guard, monkeypatch) -> None:
+    """A retry with another local state would be a second answer about the same patients."""
+    start = state_of(net())
+    with make_guard(PLAIN + SENSITIVE.replace("0.9", "0.0")).round(1, start) as rnd:
+        pass
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sentinel.releases.Releases.end", full)
+    with pytest.raises(Withheld) as caught:
+        rnd.release({name: value + 0.01 for name, value in start.items()})
+    assert caught.value.reason is Reason.STORAGE_FAILED
+    assert "too-leaky" not in str(caught.value)

@@ -45,6 +45,15 @@ def test_stored_tensors_come_back_as_they_were(tmp_path: Path) -> None:
     assert all(back[name].dtype == value.dtype for name, value in STATE.items())
 
 
+def test_a_name_that_the_file_format_keeps_for_itself_comes_back(tmp_path: Path) -> None:
+    names = ["__metadata__", "___metadata__", "_metadata__", "metadata__", "a__metadata__", "w"]
+    state = {name: torch.full((2,), float(place)) for place, name in enumerate(names)}
+    releases = Releases(tmp_path / "r")
+    releases.store(KEY, state)
+    back = releases.load(KEY, Ending(Fate.RELEASED, "g" * 64, model_digest(state)))
+    assert model_digest(back) == model_digest(state)
+
+
 def test_rounds_of_other_names_are_other_rounds() -> None:
     keys = [
         RoundKey(*parts) for parts in [("f", "r", 1), ("f", "r", 2), ("fr", "", 1), ("", "fr", 1)]

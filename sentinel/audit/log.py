@@ -21,7 +21,7 @@ from sentinel.audit.records import (
     log2_bucket,
     record_from_json,
 )
-from sentinel.durable import locked, open_private, private_folder, sync_folder
+from sentinel.durable import locked, open_private, private_folder, storage, sync_folder
 from sentinel.errors import Withheld
 from sentinel.terms import GENESIS, Reason
 
@@ -79,8 +79,12 @@ class AuditLog:
             ) from error
 
     def last(self) -> Entry | None:
-        """The last record that was acknowledged; None where the log is empty."""
-        with locked(self._lock):
+        """The last record that was acknowledged; None where the log is empty.
+
+        Raises:
+            Withheld: STORAGE_FAILED where it could not be read, LOG_DAMAGED where it is no record.
+        """
+        with storage(), locked(self._lock):
             line, _ = _tail(self._path)
         return None if line is None else _entry(line)
 
@@ -88,11 +92,12 @@ class AuditLog:
         """The hash of one record; None where there is none. Reads from the end, so recent is quick.
 
         Raises:
-            Withheld: LOG_DAMAGED where a line on the way cannot be read.
+            Withheld: STORAGE_FAILED where the log could not be read, LOG_DAMAGED where a line on
+                the way is no record.
         """
         if seq == 0:
             return GENESIS
-        with locked(self._lock):
+        with storage(), locked(self._lock):
             for line in _lines_backwards(self._path):
                 entry = _entry(line)
                 if entry.seq == seq:
@@ -102,11 +107,16 @@ class AuditLog:
         return None
 
     def was_released(self, round_key: str) -> bool:
-        """Whether the log says that a round was released. Reads the whole log."""
-        return any(
-            isinstance(entry.record, UpdateReleased) and entry.record.round == round_key
-            for entry in read_log(self._path.parent, torn_end=True)
-        )
+        """Whether the log says that a round was released. Reads the whole log.
+
+        Raises:
+            Withheld: STORAGE_FAILED where the log cannot be read, LOG_DAMAGED where it is broken.
+        """
+        with storage():
+            return any(
+                isinstance(entry.record, UpdateReleased) and entry.record.round == round_key
+                for entry in read_log(self._path.parent, torn_end=True)
+            )
 
     def _append(self, record: Record) -> Entry:
         created = not self._path.exists()

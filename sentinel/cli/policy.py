@@ -91,6 +91,12 @@ def explain(
     unhealthy: Annotated[
         bool, typer.Option("--unhealthy", help="The global model is broken.")
     ] = False,
+    auto_norm: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='What max_norm = "auto" of a rule has come to: RULE=NORM. May be repeated.'
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say in plain sentences what a policy does, and which rule decided it."""
@@ -104,7 +110,8 @@ def explain(
     manifest = read_manifest(model) if model else None
     labels = None if manifest else stand_ins(loaded.policy)
     coordinates = _candidates(loaded, manifest) or dict.fromkeys(labels or {}, 1)
-    evidence = Evidence(coordinates, sensitivity, suspicion, budget_spent, unhealthy)
+    norms = _auto_norms(loaded.policy, auto_norm or [])
+    evidence = Evidence(coordinates, sensitivity, suspicion, budget_spent, unhealthy, norms)
     explanation = explained(loaded.policy, evidence, labels=labels)
     findings = _findings(loaded, path, manifest)
     if as_json:
@@ -112,7 +119,12 @@ def explain(
         return
     screen.show_policy(loaded)
     screen.show_explanation(evidence, explanation)
-    for line in (*screen.noise_lines(explanation), *screen.left_aside(loaded, manifest)):
+    told = (
+        *screen.auto_lines(loaded, norms),
+        *screen.noise_lines(explanation),
+        *screen.left_aside(loaded, manifest),
+    )
+    for line in told:
         screen.say(line)
     for finding in findings:
         if finding["severity"] != "note" or loaded.policy.privacy:  # other notes are said above
@@ -125,7 +137,7 @@ def schema(
     as_json: AsJson = False,
 ) -> None:
     """Print the JSON Schema of policy files, for editors and for other languages."""
-    from sentinel.policy.schema import json_schema
+    from sentinel.policy.json_schema import json_schema
 
     text = json.dumps(json_schema(), indent=2) + "\n"
     if output is None:
@@ -256,6 +268,29 @@ def _told(error: PolicyError, path: Path) -> list[str]:
 
 def _candidates(loaded: LoadedPolicy, manifest: Manifest | None) -> Mapping[str, int] | None:
     return manifest.candidates(loaded.policy.limits.statistics) if manifest else None
+
+
+def _auto_norms(policy: Policy, given: list[str]) -> dict[str, float]:
+    """Read RULE=NORM; a rule that has no "auto", or a norm outside its limits, is a mistake."""
+    norms: dict[str, float] = {}
+    for one in given:
+        rule, _, text = one.partition("=")
+        limits = policy.autos.get(rule)
+        if limits is None:
+            known = ", ".join(policy.autos) or "none"
+            raise MisuseError(
+                f'--auto-norm {one}: expected RULE=NORM of a rule with max_norm = "auto"; such '
+                f"rules here: {known}"
+            )
+        try:
+            norms[rule] = float(text)
+        except ValueError:
+            norms[rule] = math.nan
+        if not limits.floor <= norms[rule] <= limits.ceiling:
+            raise MisuseError(
+                f"--auto-norm {one}: expected a number from {limits.floor:g} to {limits.ceiling:g}"
+            )
+    return norms
 
 
 def _findings(loaded: LoadedPolicy, path: Path, manifest: Manifest | None) -> list[Report]:

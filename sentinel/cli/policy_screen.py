@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
     from sentinel.policy.explain import Explanation, Group
     from sentinel.policy.manifest import Manifest
@@ -115,6 +115,18 @@ def _deciders(group: Group) -> str:
     if "action" not in group.knobs:
         return "no rule without `when` lets it out" if group.rules else "no rule"
     return ", ".join(group.knobs["action"].rules)
+
+
+def auto_lines(loaded: LoadedPolicy, given: Mapping[str, float]) -> Iterator[str]:
+    """Say what `max_norm = "auto"` was taken to be."""
+    for rule, limits in loaded.policy.autos.items():
+        if rule in given:
+            yield f'Rule "{rule}": max_norm = "auto" is taken to have come to {given[rule]:g}.'
+        else:
+            yield (
+                f'Rule "{rule}": max_norm = "auto" is shown as in the first round, '
+                f"{limits.start:g}; --auto-norm {rule}=NORM shows it at another."
+            )
 
 
 def noise_lines(explanation: Explanation) -> Iterator[str]:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from sentinel.chunks import one_thread
+from sentinel.crew import one_thread
 from sentinel.demo import cohorts
 from sentinel.demo.heart_result import Example, HeartsResult, Note, Settings
 from sentinel.demo.hospitals import BareDoor, Door, GuardedDoor, Outcome, Site

@@ -13,13 +13,14 @@ import torch
 from torch import nn
 
 from sentinel.errors import RoundRefused, Withheld
-from sentinel.guard import Guard, Round
+from sentinel.guard import Guard
 from sentinel.stress.layers import State, copied
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from sentinel.demo.cohorts import Cohort
+    from sentinel.round import Round
 
 FEDERATION = "heart-demo"
 

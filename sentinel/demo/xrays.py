@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sentinel.chunks import one_thread
+from sentinel.crew import one_thread
 from sentinel.demo.xray_hospital import NET, SIDE, Hospital
 from sentinel.demo.xray_result import Sanitized, XrayPictures, XrayResult, XraySettings
 from sentinel.errors import MisuseError, Withheld

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sentinel.chunks import CHUNK, chunks
+from sentinel.crew import share_out
 from sentinel.detection.layers import bias_name, wide
 from sentinel.errors import Withheld
 from sentinel.terms import Reason
@@ -114,17 +116,26 @@ def update_features(deltas: Mapping[str, Tensor], generator: torch.Generator) ->
         of no value, and zero ones, are left out: they tell nothing.
     """
     paired = {bias_name(name): name for name in deltas if _pairs(name, deltas)}
-    measured = []
+    names = [name for name in sorted(deltas) if name not in paired and deltas[name].numel()]
+    sketches = [_projection(deltas[name], generator) for name in names]
+
+    def measure(task: tuple[str, Tensor | None]) -> Measured | None:
+        name, sketch = task
+        other = bias_name(name)
+        bias = deltas[other] if paired.get(other) == name else None
+        return _measure(name, deltas[name], bias, other, sketch)
+
     with torch.no_grad():
-        for name in sorted(deltas):
-            if name in paired or not deltas[name].numel():
-                continue
-            other = bias_name(name)
-            bias = deltas[other] if paired.get(other) == name else None
-            entry = _measure(name, deltas[name], bias, other, generator)
-            if entry is not None:
-                measured.append(entry)
-    return measured
+        found = share_out(list(zip(names, sketches, strict=True)), lambda: measure)
+    return [entry for entry in found if entry is not None]
+
+
+def _projection(delta: Tensor, generator: torch.Generator) -> Tensor | None:
+    """Random directions for the rows of a matrix, where it has more columns than those."""
+    columns = delta[:1].numel() if delta.ndim > 1 else 0
+    if columns <= SKETCH or not _largest(delta.detach()):
+        return None
+    return torch.randn(columns, SKETCH, generator=generator) / math.sqrt(SKETCH)
 
 
 def _pairs(name: str, deltas: Mapping[str, Tensor]) -> bool:
@@ -136,7 +147,7 @@ def _pairs(name: str, deltas: Mapping[str, Tensor]) -> bool:
 
 
 def _measure(
-    name: str, delta: Tensor, bias: Tensor | None, other: str, generator: torch.Generator
+    name: str, delta: Tensor, bias: Tensor | None, other: str, projection: Tensor | None
 ) -> Measured | None:
     values = wide(delta.detach())
     names = (name,) if bias is None else (name, other)
@@ -147,13 +158,13 @@ def _measure(
             return None
         values = values / largest
         bias = None if bias is None else wide(bias) / largest
-    if bias is not None and not values.any():
+    if bias is not None and not _largest(values):
         values, bias = wide(bias), None
     energy = size**2
     if values.ndim < 2:  # noqa: PLR2004  # a vector
         return Measured(names, TensorFeatures(**_moments(values)).vector(), 1, energy)
     matrix = values.reshape(values.shape[0], -1)
-    found = TensorFeatures(**_structure(matrix, bias, generator))
+    found = TensorFeatures(**_structure(matrix, bias, projection))
     return Measured(names, found.vector(), min(matrix.shape), energy)
 
 
@@ -172,32 +183,40 @@ def _size(names: tuple[str, ...], values: Tensor, bias: Tensor | None) -> float:
 
 
 def _largest(values: Tensor) -> float:
-    return float(values.abs().max())
+    return float(torch.linalg.vector_norm(values, math.inf))
 
 
 def _moments(values: Tensor) -> dict[str, float]:
     """Shape of the distribution of the entries, free of their size."""
-    flat = values.reshape(-1)
+    flat = values.reshape(-1).contiguous()
     count = len(flat)
     size = float(torch.linalg.vector_norm(flat))
     if size**2 <= _TINY:
         return {}
-    scaled = flat / (size / math.sqrt(count))  # root mean square 1
-    magnitudes = scaled.abs()
-    fourth = float(scaled.square().square().mean(dtype=torch.float64))
+    scale = math.sqrt(count) / size  # to a root mean square of 1
+    room = min(count, CHUNK)
+    buffer, flags = torch.empty_like(flat[:room]), torch.empty_like(flat[:room], dtype=torch.bool)
+    total, fourth, faint, peak = torch.zeros(4, dtype=torch.float64, device=flat.device).unbind()
+    for piece in chunks(flat):
+        scaled = torch.mul(piece, scale, out=buffer[: len(piece)]).abs_()
+        total += scaled.sum()
+        torch.maximum(peak, scaled.max().double(), out=peak)
+        faint += torch.lt(scaled, FAINT, out=flags[: len(piece)]).sum()
+        fourth += scaled.square_().square_().sum()
     return {
-        "flatness": math.log10(max(float(magnitudes.mean()), _TINY)),
-        "peak": math.log10(float(magnitudes.max())),
-        "spread": -math.log10(fourth),
-        "faint": float((magnitudes < FAINT).double().mean()),
+        "flatness": math.log10(max(float(total) / count, _TINY)),
+        "peak": math.log10(float(peak)),
+        "spread": -math.log10(float(fourth) / count),
+        "faint": float(faint) / count,
     }
 
 
-def _structure(matrix: Tensor, bias: Tensor | None, generator: torch.Generator) -> dict[str, float]:
+def _structure(matrix: Tensor, bias: Tensor | None, projection: Tensor | None) -> dict[str, float]:
     """Rank, row structure, and what the bias explains."""
     norms = torch.linalg.vector_norm(matrix, dim=1)
     loud = norms > FAINT * float(norms.max())
-    sketch = _sketch(matrix, generator)
+    # Low rank stays low rank in few random directions.
+    sketch = matrix if projection is None else matrix @ projection.to(matrix)
     most = min(MOST_ROWS, max(8, MOST_VALUES // matrix.shape[1]))
     sample = matrix[norms.topk(most).indices] if len(norms) > most else matrix
     columns = torch.linalg.vector_norm(sample, dim=0)
@@ -211,14 +230,6 @@ def _structure(matrix: Tensor, bias: Tensor | None, generator: torch.Generator) 
         "column_spread": _participation(columns),
         "faint_columns": float((columns <= FAINT * float(columns.max())).double().mean()),
     }
-
-
-def _sketch(matrix: Tensor, generator: torch.Generator) -> Tensor:
-    """Return the rows in `SKETCH` random directions; low rank stays low rank."""
-    if matrix.shape[1] <= SKETCH:
-        return matrix
-    projection = torch.randn(matrix.shape[1], SKETCH, generator=generator)
-    return matrix @ (projection / math.sqrt(SKETCH)).to(matrix)
 
 
 def _spectrum(sketch: Tensor, full: int) -> dict[str, float]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sentinel.crew import share_out
 from sentinel.detection import rules
 from sentinel.detection.behaviour import behaviour_findings
 from sentinel.detection.bundle import GLOBAL_MODEL, Detector, load_detector
@@ -148,7 +149,7 @@ def _generator() -> torch.Generator:
 
 
 def _statistics(layers: list[Layer]) -> list[LayerStatistics]:
-    return [layer_statistics(layer, _generator()) for layer in layers]
+    return share_out(layers, lambda: lambda layer: layer_statistics(layer, _generator()))
 
 
 def _weight_findings(

@@ -1,21 +1,26 @@
 """Tensors in, tensors out: clip, grid, noise, mask. Entropy is an argument, never a global."""
 
-from sentinel.mechanism.clip import clip_factor, clip_to, limit_
+from sentinel.mechanism.clip import clip_factor
 from sentinel.mechanism.entropy import Entropy, SystemEntropy
 from sentinel.mechanism.gaussian import GaussianMechanism
-from sentinel.mechanism.grid import grid_step
-from sentinel.mechanism.noise import add_noise_, standard_normal
-from sentinel.mechanism.sparsify import keep_
+from sentinel.mechanism.grid import grid_step, rounding_reach
+from sentinel.mechanism.noise import add_noise_, treat_all_
+from sentinel.mechanism.recipe import Recipe
+from sentinel.mechanism.rounded_normal import slack
+from sentinel.mechanism.transform import Prepared, prepare, transform
 
 __all__ = [
     "Entropy",
     "GaussianMechanism",
+    "Prepared",
+    "Recipe",
     "SystemEntropy",
     "add_noise_",
     "clip_factor",
-    "clip_to",
     "grid_step",
-    "keep_",
-    "limit_",
-    "standard_normal",
+    "prepare",
+    "rounding_reach",
+    "slack",
+    "transform",
+    "treat_all_",
 ]

@@ -1,11 +1,9 @@
-"""Clip: bound single coordinates, and the L2 norm of many tensors together."""
+"""Clip: the factor that bounds the L2 norm of many tensors together."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING
-
-import torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -14,19 +12,6 @@ if TYPE_CHECKING:
 # the norm of the rounded values under it.
 _ROUNDING = 1.0 - 2.0**-22
 _SMALLEST = 2.0**-100
-
-
-def limit_(tensor: torch.Tensor, max_abs: float) -> None:
-    """Bound every coordinate to [-max_abs, max_abs], in place.
-
-    The bound is rounded down to the dtype of the tensor, so that no coordinate exceeds it.
-    """
-    if not math.isfinite(max_abs):
-        return
-    bound = torch.tensor(max_abs, dtype=tensor.dtype)
-    if float(bound) > max_abs:
-        bound = torch.nextafter(bound, torch.zeros_like(bound))
-    tensor.clamp_(-float(bound), float(bound))
 
 
 def clip_factor(squares: Iterable[float], max_norm: float) -> float:
@@ -62,12 +47,3 @@ def clip_factor(squares: Iterable[float], max_norm: float) -> float:
         return 1.0
     factor = target / norm
     return factor if factor > _SMALLEST else 0.0
-
-
-def clip_to(max_norm: float, tensors: Iterable[torch.Tensor], squares: Iterable[float]) -> float:
-    """Scale `tensors` in place so that their joint L2 norm is at most `max_norm`; the factor."""
-    factor = clip_factor(squares, max_norm)
-    if factor < 1.0:
-        for tensor in tensors:
-            tensor.mul_(factor)
-    return factor

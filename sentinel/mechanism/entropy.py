@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
+import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _ZEROS = bytes(1 << 20)  # 1 MiB: CTR mode turns zeros into keystream
 
@@ -17,6 +21,9 @@ class Entropy(Protocol):
     def fill(self, buffer: memoryview) -> None:
         """Overwrite every byte of `buffer` with fresh random bits."""
 
+    def branch(self) -> Self:
+        """A source of its own, for another thread, tensor or rank; independent of this one."""
+
 
 class SystemEntropy:
     """AES-256-CTR keystream under a fresh key of the operating system.
@@ -24,7 +31,8 @@ class SystemEntropy:
     Guarantees:
         - The key comes from `os.urandom`, is held in memory only, and is never given out.
         - Nothing is read from or written to the generators of torch, numpy or `random`.
-        - After a fork the child draws a key of its own: no two processes share a stream.
+        - A branch has a key of its own. So has a child after a fork: no two processes share a
+          stream.
 
     Source: NIST SP 800-38A (CTR mode). One key yields at most 2^68 bytes, far above any release.
     """
@@ -47,17 +55,20 @@ class SystemEntropy:
             piece = flat[start : start + len(_ZEROS)]
             self._keystream.update_into(memoryview(_ZEROS)[: len(piece)], piece)
 
+    def branch(self) -> SystemEntropy:
+        """Another source, under a key of its own."""
+        return SystemEntropy()
 
-def random_words(count: int, entropy: Entropy, device: torch.device) -> torch.Tensor:
-    """`count` words of 64 random bits: int64 (count,) on `device`."""
-    words = torch.empty(count, dtype=torch.int64)
+
+def random_words(count: int, entropy: Entropy) -> NDArray[np.uint64]:
+    """`count` words of 64 random bits: uint64 (count,)."""
+    words = np.empty(count, np.uint64)
     if count:
-        entropy.fill(words.numpy().data)
-    return words.to(device)
+        entropy.fill(words.data)
+    return words
 
 
-def uniform(count: int, entropy: Entropy, device: torch.device) -> torch.Tensor:
+def uniform(count: int, entropy: Entropy, device: torch.device | str = "cpu") -> torch.Tensor:
     """`count` values in (0, 1], float64 (count,), on the grid of 2^-53."""
-    words = random_words(count, entropy, device)
-    # The arithmetic shift gives -2^52 .. 2^52 - 1; the sum is exact.
-    return (words >> 11).double().add_(float((1 << 52) + 1)).mul_(2.0**-53)
+    values = ((random_words(count, entropy) >> np.uint64(11)) + np.uint64(1)) * 2.0**-53
+    return torch.from_numpy(values).to(device)

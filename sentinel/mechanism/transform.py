@@ -1,90 +1,131 @@
-"""Transform: carry out a plan on the tensors of an update."""
+"""Transform: carry out a plan on the tensors of an update, in one pass."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from sentinel.chunks import sum_of_squares
-from sentinel.mechanism.clip import clip_factor, limit_
+import torch
+
+from sentinel.chunks import chunks
+from sentinel.mechanism.clip import clip_factor
 from sentinel.mechanism.grid import grid_step, rounding_reach
-from sentinel.mechanism.noise import add_noise_
-from sentinel.mechanism.sparsify import keep_
+from sentinel.mechanism.noise import treat_each
+from sentinel.mechanism.recipe import Recipe
 from sentinel.terms import Action, NormBound, Treatment
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    import torch
-
     from sentinel.mechanism.entropy import Entropy
     from sentinel.terms import Plan
+    from sentinel.update import Kind, State, Update
 
 
 @dataclass(frozen=True, slots=True)
-class Transformed:
-    """What was done.
+class Prepared:
+    """A plan in figures: all that is known before the pass over the values.
 
     Attributes:
-        released: names whose tensors leave.
+        recipes: name -> what its values go through; of the names that leave.
         noised: those of them that carry noise.
-        clipped: whether any tensor was scaled down to meet a bound.
+        clipped: whether any tensor is scaled down to meet a bound.
     """
 
-    released: frozenset[str]
+    recipes: dict[str, Recipe]
     noised: frozenset[str]
     clipped: bool
 
+    @property
+    def released(self) -> frozenset[str]:
+        """Names whose tensors leave."""
+        return frozenset(self.recipes)
 
-def transform_(  # noqa: PLR0913 - the update, its plan, and what was done to it before
-    deltas: dict[str, torch.Tensor],
-    squares: Mapping[str, float],
-    plan: Plan,
-    *,
-    aliases: Mapping[str, str],
-    base_std: float,
-    entropy: Entropy,
-) -> Transformed:
-    """Limit, clip, noise and mask the deltas in place, as the plan says, in this order.
+
+def prepare(update: Update, plan: Plan, *, base_std: float) -> Prepared:
+    """Work out what every tensor of the update goes through.
 
     Args:
-        deltas: name -> contiguous floating tensor.
-        squares: sum of squares of each.
-        plan: what to do with every name in `deltas` and `aliases`.
-        aliases: name -> the name in `deltas` that it is tied to; the stricter of both counts.
+        update: deltas, their sums of squares, and which are tied (the stricter of both counts).
+        plan: what to do with every name that could leave.
         base_std: standard deviation of the noise that is in the deltas already.
-        entropy: where noise and mask come from.
 
     Guarantees:
         Every bound of the plan holds for the deltas before noise, the rounding to the grid counted
         in. The noise in a released tensor has at least the standard deviation of its treatment.
-        The mask does not look at the data.
     """
-    treatments = {name: _strictest(plan, name, aliases) for name in deltas}
-    coordinates = sum(delta.numel() for delta in deltas.values())
-    bounds = [_resolve(bound, aliases) for bound in plan.bounds]
-    stds = {name: _missing_std(treatment, base_std) for name, treatment in treatments.items()}
-    least = min((std for std in stds.values() if std > 0.0), default=math.inf)
-    step = grid_step(min([b.max_norm for b in bounds] or [base_std or 1.0]), coordinates, least)
-    measured = dict(squares)
+    treatments = {name: _strictest(plan, name, update.aliases) for name in update.deltas}
+    bounds = [_resolve(bound, update.aliases) for bound in plan.bounds]
+    recipes = _gridded(update, treatments, bounds, base_std)
+    factors = _factors(_limited(update, recipes), bounds, _reach(update, recipes))
+    leaving = {
+        name: replace(recipes[name], factor=factors[name])
+        for name, treatment in treatments.items()
+        if treatment.action is Action.RELEASE
+    }
+    return Prepared(
+        leaving,
+        frozenset(name for name, recipe in leaving.items() if max(recipe.std, base_std) > 0.0),
+        any(recipe.factor < 1.0 for recipe in leaving.values()),
+    )
+
+
+def transform(update: Update, prepared: Prepared, *, kind: Kind, entropy: Entropy) -> State:
+    """Limit, clip, noise and mask what leaves, in this order, and give the update back.
+
+    Uses up the deltas. Noise and mask come from `entropy`; no value has a part in them.
+    """
+    assembly = update.assembly(prepared.released, noised=prepared.noised, kind=kind)
+    leaving = {name: update.deltas[name] for name in prepared.recipes}
+    treat_each(leaving, prepared.recipes, entropy, assembly.put)
+    return assembly.state()
+
+
+def _gridded(
+    update: Update,
+    treatments: Mapping[str, Treatment],
+    bounds: Iterable[NormBound],
+    base_std: float,
+) -> dict[str, Recipe]:
+    """Recipes without their factors; each grid is as fine as its noise and the least bound ask."""
+    coordinates = sum(delta.numel() for delta in update.deltas.values())
+    least = min((bound.max_norm for bound in bounds), default=math.inf)
+    recipes = {}
     for name, treatment in treatments.items():
-        if math.isfinite(treatment.max_abs):
-            reach = step / 2 if stds[name] > 0.0 else 0.0
-            limit_(deltas[name], max(0.0, treatment.max_abs - reach))
-            measured[name] = sum_of_squares(deltas[name])
-    factors = _factors(measured, bounds, rounding_reach(step, coordinates))
-    released = frozenset(n for n, t in treatments.items() if t.action is Action.RELEASE)
-    noised = set()
-    for name in released:
-        if factors[name] < 1.0:
-            deltas[name].mul_(factors[name])
-        add_noise_(deltas[name], stds[name], step, entropy)
-        keep_(deltas[name], treatments[name].keep, entropy)
-        if max(stds[name], base_std) > 0.0:
-            noised.add(name)
-    clipped = any(factors[name] < 1.0 for name in released)
-    return Transformed(released, frozenset(noised), clipped)
+        std = _missing_std(treatment, base_std)
+        step = grid_step(least, coordinates, std) if std > 0.0 else 0.0
+        limit = max(0.0, treatment.max_abs - step / 2)
+        recipes[name] = Recipe(limit, 1.0, std, step, treatment.keep)
+    return recipes
+
+
+def _reach(update: Update, recipes: Mapping[str, Recipe]) -> float:
+    """How far rounding to the grids can move the update, in L2."""
+    return math.hypot(
+        *(
+            rounding_reach(recipe.step, update.deltas[name].numel())
+            for name, recipe in recipes.items()
+        )
+    )
+
+
+def _limited(update: Update, recipes: Mapping[str, Recipe]) -> dict[str, float]:
+    """Sums of squares as they are once single values are bounded."""
+    return {
+        name: _square_within(update.deltas[name], recipe.max_abs)
+        if math.isfinite(recipe.max_abs)
+        else update.squares[name]
+        for name, recipe in recipes.items()
+    }
+
+
+def _square_within(tensor: torch.Tensor, limit: float) -> float:
+    total = torch.zeros((), dtype=torch.float64, device=tensor.device)
+    for piece in chunks(tensor):
+        wide = piece.double().clamp_(-limit, limit)
+        total += torch.dot(wide, wide)
+    return float(total)
 
 
 def _missing_std(treatment: Treatment, base_std: float) -> float:

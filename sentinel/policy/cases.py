@@ -15,7 +15,7 @@ from pydantic import Field
 from sentinel.policy.decide import decide
 from sentinel.policy.globs import EVERYTHING, matches
 from sentinel.policy.parsing import parse_toml
-from sentinel.policy.schema import ActionWord, Glob, Identifier, Strict
+from sentinel.policy.schema import ActionWord, Glob, Identifier, Norm, Strict
 from sentinel.terms import Action, Evidence
 
 if TYPE_CHECKING:
@@ -37,6 +37,9 @@ class Given(Strict):
     suspicion: Score = 0.0
     budget_spent: Score = 0.0
     unhealthy: bool = False
+    auto_norms: dict[Identifier, Norm] = Field(
+        default={}, description='rule -> what its max_norm = "auto" has come to; else its start'
+    )
     parameters: dict[str, Count] = Field(
         default={"weight": 1000, "bias": 10}, min_length=1, description="name -> number of values"
     )
@@ -128,11 +131,14 @@ def _evidence(given: Given) -> Evidence:
         suspicion=given.suspicion,
         budget_spent=given.budget_spent,
         unhealthy=given.unhealthy,
+        auto_norms=given.auto_norms,
     )
 
 
 def _differences(policy: Policy, case: Case, plan: Plan) -> Iterator[str]:
     expect = case.expect
+    for name in sorted(set(case.evidence.auto_norms) - set(policy.autos)):
+        yield f'auto_norms: rule "{name}" has no max_norm = "auto"'
     if plan.action is not expect.action:
         yield f"action: expected {expect.action.word}, got {plan.action.word}"
     if expect.rules is not None and set(expect.rules) != set(plan.decided_by):
@@ -161,7 +167,7 @@ def _in_force(policy: Policy, case: Case, plan: Plan, name: str) -> dict[str, fl
         for other, count in case.evidence.parameters.items()
         if plan.treatments[other].action is Action.RELEASE
     )
-    norm = policy.noise_norm
+    norm = policy.resolved(case.evidence.auto_norms).noise_norm
     return {
         "max_norm": min((b.max_norm for b in plan.bounds if name in b.names), default=math.inf),
         "max_abs": treatment.max_abs,

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from sentinel.policy.decide import KNOBS, at_least, known_at_opening, let_out, unmatched
+from sentinel.policy.decide import KNOBS, Knob, at_least, known_at_opening, let_out, unmatched
 from sentinel.terms import Action, Unit
 
 if TYPE_CHECKING:
@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from sentinel.policy.schema import Policy, Privacy, Rule, When
+    from sentinel.terms import AutoNorm
 
 EXPIRES_SOON = 14  # days
 MANY_RELEASES = 1_000_000  # counted no further
+WIDE_LIMITS = 1000.0  # ceiling / floor of "auto"; half of it is wrong by a factor of 32 at first
 LARGE_EPSILON = 10.0  # above it the bound on an attacker's gain, exp(epsilon), means little
 _MAX_NAMES = 20  # parameters that a note names; `explain --json` names them all
 _SCORES = ("sensitivity", "suspicion", "budget_spent", "unhealthy")
@@ -154,11 +156,7 @@ def _promise(policy: Policy, releases: int | None) -> Iterator[Finding]:
             f"privacy.epsilon = {privacy.epsilon:g} promises next to nothing; 1 to 8 is usual"
         )
     if privacy.unit is not Unit.SITE:
-        yield _error(
-            f'releases nothing: privacy.unit = "{privacy.unit}" needs private training, which this '
-            "version does not have, so that every update is withheld (promise-not-kept); use unit "
-            '"site", or leave the [privacy] table out and promise nothing formal'
-        )
+        yield _private(privacy)
         return
     if releases is not None:
         yield _affordable(privacy, releases)
@@ -170,6 +168,21 @@ def _promise(policy: Policy, releases: int | None) -> Iterator[Finding]:
                 "this rule is nearly blind",
                 rule.id,
             )
+
+
+def _private(privacy: Privacy) -> Finding:
+    """Say what a promise per patient or record asks of the training code."""
+    if privacy.batch is None or privacy.cohort is None:
+        return _error(
+            f"releases nothing: privacy.batch is missing, the {privacy.unit}s that a batch of "
+            "private training is expected to hold"
+        )
+    return Finding(
+        Severity.NOTE,
+        f'under unit "{privacy.unit}" only private training is released (guard.private): each step '
+        f"takes each {privacy.unit} with probability {privacy.batch / privacy.cohort:.3g}, and "
+        "every other update is withheld (promise-not-kept)",
+    )
 
 
 def _affordable(privacy: Privacy, releases: int) -> Finding:
@@ -194,6 +207,8 @@ def _dead(policy: Policy, rule: Rule) -> Iterator[Finding]:
         yield from _unreachable(policy, rule, when)
     if rule.noise_ratio == 0:
         yield _warning("noise_ratio = 0 asks for nothing: the strictest rule wins", rule.id)
+    if rule.auto is not None:
+        yield from _limits_of_auto(policy, rule, rule.auto)
     for other in policy.rules:
         if other is not rule and _outdone(rule, other):
             yield _warning(
@@ -202,6 +217,27 @@ def _dead(policy: Policy, rule: Rule) -> Iterator[Finding]:
                 rule.id,
             )
             return
+
+
+def _limits_of_auto(policy: Policy, rule: Rule, limits: AutoNorm) -> Iterator[Finding]:
+    """Look at what a server that moves the bound, or no history at all, would make of it."""
+    if limits.floor == limits.ceiling:
+        yield _warning(
+            'max_norm = "auto" cannot move: floor and ceiling are equal; give the number', rule.id
+        )
+    if limits.ceiling > WIDE_LIMITS * limits.floor:
+        yield _warning(
+            f"max_norm_ceiling is more than {WIDE_LIMITS:g} times max_norm_floor: the first round "
+            f"starts at {limits.start:g}, far from both, and a server can move the bound all the "
+            "way up; bring them closer",
+            rule.id,
+        )
+    if not any(other.noise_ratio for other in policy.always):
+        yield _warning(
+            'max_norm = "auto" without noise: a server that makes updates large raises the bound '
+            "to its ceiling and reads that much more; give a noise_ratio, which grows along",
+            rule.id,
+        )
 
 
 def _unreachable(policy: Policy, rule: Rule, when: When) -> Iterator[Finding]:
@@ -235,11 +271,19 @@ def _outdone(rule: Rule, other: Rule) -> bool:
         return False
     if rule.when is None and rule.action is Action.RELEASE:
         return False  # it may let something out that `other` does not
-    asked = [(knob, value) for knob in KNOBS if (value := getattr(rule, knob)) is not None]
+    asked = [(knob, value) for knob in KNOBS if (value := _at_its(rule, knob, "floor")) is not None]
     return all(
-        (bound := getattr(other, knob)) is not None and at_least(bound, value, knob)
+        (bound := _at_its(other, knob, "ceiling")) is not None and at_least(bound, value, knob)
         for knob, value in asked
     )
+
+
+def _at_its(rule: Rule, knob: Knob, end: Literal["floor", "ceiling"]) -> float | None:
+    """Return a knob's value; of `max_norm = "auto"` one end of its limits."""
+    if knob == "max_norm" and rule.auto is not None:
+        return rule.auto.floor if end == "floor" else rule.auto.ceiling
+    value: float | None = getattr(rule, knob)
+    return value
 
 
 def _implied(weaker: When | None, stronger: When | None) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from sentinel.policy.globs import EVERYTHING, matches
+from sentinel.policy.schema import AUTO
 from sentinel.terms import Action, Evidence, NormBound, Plan, Treatment
 
 if TYPE_CHECKING:
@@ -65,7 +66,10 @@ def at_least(value: float, bound: float, knob: Knob) -> bool:
 
 
 def strictest(rules: Iterable[Rule], knob: Knob) -> Strictest | None:
-    """Return the strictest value of one knob; None where no rule sets it."""
+    """Return the strictest value of one knob; None where no rule sets it.
+
+    Of a policy with `max_norm = "auto"`, the rules are those of `Policy.resolved`.
+    """
     asked = [(rule.id, value) for rule in rules if (value := getattr(rule, knob)) is not None]
     if not asked:
         return None
@@ -134,7 +138,8 @@ def decide(policy: Policy, evidence: Evidence) -> Plan:
     Args:
         policy: the policy.
         evidence: all that the decision may look at. Names that the policy never lets out may be
-            among its coordinates; they are withheld and enter no bound.
+            among its coordinates; they are withheld and enter no bound. Its `auto_norms` stand in
+            for `max_norm = "auto"`, held between floor and ceiling.
 
     Returns:
         A plan with one treatment per parameter of the evidence. `noise_std` is the whole standard
@@ -143,8 +148,11 @@ def decide(policy: Policy, evidence: Evidence) -> Plan:
 
     Guarantees (each property-tested): the order of rules never matters; a rule with `when` only
     tightens; a further rule weakens no parameter that was let out without it; more sensitivity,
-    suspicion, spent budget or ill health weakens no knob and lowers no standard deviation.
+    suspicion, spent budget or ill health weakens no knob and lowers no standard deviation. With
+    `max_norm = "auto"` they hold for given `auto_norms`, and whatever these are, no bound lies
+    outside floor and ceiling, and the noise is `noise_ratio` times the bound in force.
     """
+    policy = policy.resolved(evidence.auto_norms)
     open_names = let_out(policy, evidence.coordinates)
     asked = _asked(policy, evidence)
     reach = {name: reaching(asked, name) for name in evidence.coordinates}
@@ -165,13 +173,21 @@ def decide(policy: Policy, evidence: Evidence) -> Plan:
 
 
 def applied(policy: Policy, evidence: Evidence) -> tuple[Rule, ...]:
-    """Return the rules that apply, in file order: reached, and matching something if need be."""
-    return tuple(_asked(policy, evidence))
+    """Return the rules that apply, in file order: reached, and matching something if need be.
+
+    In them `max_norm = "auto"` is this round's bound.
+    """
+    return tuple(_asked(policy.resolved(evidence.auto_norms), evidence))
 
 
 def reaching(rules: Iterable[Rule], name: str) -> list[Rule]:
     """Return those of `rules` that match the parameter."""
     return [rule for rule in rules if matches(rule.match, name)]
+
+
+def reach_of(rule: Rule, names: Iterable[str]) -> frozenset[str]:
+    """Return those of `names` that the rule matches."""
+    return frozenset(name for name in names if matches(rule.match, name))
 
 
 def reached(when: When | None, evidence: Evidence) -> bool:
@@ -246,7 +262,9 @@ def _bounds(asked: list[Rule], names: Collection[str]) -> tuple[NormBound, ...]:
     for rule in asked:
         if rule.max_norm is None:
             continue
-        reach = frozenset(name for name in names if matches(rule.match, name))
+        if rule.max_norm == AUTO:
+            raise ValueError('expected the policy that `resolved` gives, without "auto"')
+        reach = reach_of(rule, names)
         if reach:
             smallest[reach] = min(rule.max_norm, smallest.get(reach, math.inf))
     ordered: Mapping[frozenset[str], float] = dict(

@@ -94,9 +94,8 @@ def _sentences(
 ) -> list[tuple[int | None, str]]:
     """Return line and sentence of every problem, without those that only follow from another."""
     found: list[tuple[int | None, str]] = []
-    places = [error["loc"] for error in errors]
-    for error in errors:
-        location = error["loc"]
+    places = [_place(error["loc"], content) for error in errors]
+    for error, location in zip(errors, places, strict=True):
         deeper = any(len(p) > len(location) and p[: len(location)] == location for p in places)
         if error["type"] == "default_factory_not_called" or deeper:
             continue
@@ -104,6 +103,19 @@ def _sentences(
             label = _label(location, content)
             found.append((_line(location, text), f"{label}: {what}" if label else what))
     return found
+
+
+def _place(location: Location, content: Mapping[str, Any]) -> Location:
+    """Cut off what pydantic adds below a single value: the form of it that was tried."""
+    node: Any = content
+    for depth, part in enumerate(location):
+        if isinstance(node, list) and isinstance(part, int) and part < len(node):
+            node = node[part]
+        elif isinstance(node, dict):
+            node = node.get(part)
+        else:
+            return location[:depth]
+    return location
 
 
 def _explained(error: ErrorDetails, model: type[BaseModel]) -> str:

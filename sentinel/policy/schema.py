@@ -8,28 +8,31 @@ taken where a decimal one is meant.
 from __future__ import annotations
 
 import datetime as dt
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     WithJsonSchema,
     model_validator,
 )
 
 from sentinel.policy import globs
-from sentinel.terms import SMALLEST_NOISE_MULTIPLIER, Action, Adjacency, Unit
+from sentinel.terms import SMALLEST_NOISE_MULTIPLIER, Action, Adjacency, AutoNorm, Unit
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 SCHEMA_VERSION = 1
 MAX_RULES = 256
 MAX_GLOBS = 64
 NUM_EXAMPLES = "num-examples"
+AUTO: Literal["auto"] = "auto"
 
 # What a rule for ** lets out and should not leave.
 _KEEP_BACK = (
@@ -48,14 +51,15 @@ def _action(value: object) -> Action:
     return _WORDS[value]
 
 
-def _not_auto(value: object) -> object:
-    """Refuse the adaptive bound with its reason, not merely as a text that is no number."""
-    if value == "auto":
-        raise ValueError(
-            'expected a number; "auto" is not offered yet, because a server can try to inflate a '
-            "bound that follows what it sends"
-        )
+def _number_or_auto(value: object) -> object:
+    """Refuse another text in one sentence, not in one for each form that is allowed."""
+    if isinstance(value, str | list | dict) and value != AUTO:
+        raise ValueError(f'expected a number, as in 0.5, or "{AUTO}"')
     return value
+
+
+def _bound_kind(value: object) -> str:
+    return "auto" if isinstance(value, str) else "number"
 
 
 def _well_formed(glob: str) -> str:
@@ -105,6 +109,11 @@ SchemaVersion = Annotated[
 ]
 # A norm's two ends, and the lower end of `keep`, hold every product and quotient of them finite.
 Norm = Annotated[float, Field(ge=1e-12, le=1e12)]
+Bound = Annotated[
+    Annotated[Norm, Tag("number")] | Annotated[Literal["auto"], Tag("auto")],
+    Discriminator(_bound_kind),
+    BeforeValidator(_number_or_auto),
+]
 Share = Annotated[float, Field(ge=0, le=1)]
 Identifier = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")]
 Glob = Annotated[str, AfterValidator(_well_formed)]
@@ -119,6 +128,20 @@ class Strict(BaseModel):
     """Base of everything that is read from a TOML file: strict, closed, frozen, finite."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class AdaptiveClip(Strict):
+    """A clip norm that follows the norms of the patients' gradients, privately."""
+
+    quantile: float = Field(gt=0, lt=1, description="share of units that are to stay unclipped")
+    floor: Norm = Field(description="least clip norm")
+    ceiling: Norm = Field(description="largest clip norm")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.floor > self.ceiling:
+            raise ValueError("floor is larger than ceiling; swap them")
+        return self
 
 
 class Privacy(Strict):
@@ -143,6 +166,55 @@ class Privacy(Strict):
         description="standard deviation of the noise / clip_norm",
         json_schema_extra={"minimum": SMALLEST_NOISE_MULTIPLIER},
     )
+    batch: Annotated[int, Field(ge=1, le=8192)] | None = Field(
+        default=None,
+        description="patients (or records) that a batch of private training holds in expectation; "
+        "needed for patient and record",
+    )
+    records: Annotated[int, Field(ge=1, le=10**10)] | None = Field(
+        default=None,
+        description='public number of records, for unit "record"; as many as patients where left '
+        "out",
+    )
+    records_per_patient: Annotated[int, Field(ge=1, le=1024)] = Field(
+        default=16, description="most records of one patient in one batch of private training"
+    )
+    adaptive_clip: AdaptiveClip | None = Field(
+        default=None,
+        description="let the clip norm of private training follow a quantile, from clip_norm on",
+    )
+
+    @property
+    def cohort(self) -> int | None:
+        """The public number of units: of records under unit "record", else of patients."""
+        if self.unit is Unit.RECORD and self.records is not None:
+            return self.records
+        return self.patients
+
+    @model_validator(mode="after")
+    def _training(self) -> Self:
+        asked = {"batch", "records", "records_per_patient", "adaptive_clip"} & self.model_fields_set
+        if self.unit is Unit.SITE and asked:
+            raise ValueError(
+                f'{", ".join(sorted(asked))}: for private training, under unit "patient" or '
+                '"record"; leave it out under unit "site"'
+            )
+        if self.unit is not Unit.RECORD and self.records is not None:
+            raise ValueError('records: only for unit "record"; leave it out')
+        if self.unit is not Unit.PATIENT and "records_per_patient" in asked:
+            raise ValueError('records_per_patient: only for unit "patient"; leave it out')
+        if self.batch is not None and self.cohort is not None and self.batch > self.cohort:
+            raise ValueError("batch: larger than the cohort; lower it")
+        clip = self.adaptive_clip
+        # The noise on the count of unclipped units has a standard deviation of batch / 20.
+        if clip is not None and self.batch is not None and self.noise_multiplier * 10 >= self.batch:
+            raise ValueError(
+                "adaptive_clip: the batch is too small to tell a quantile under this "
+                "noise_multiplier; expected a batch of more than 10 times it"
+            )
+        if clip is not None and not clip.floor <= self.clip_norm <= clip.ceiling:
+            raise ValueError("clip_norm: expected between adaptive_clip's floor and ceiling")
+        return self
 
     @model_validator(mode="after")
     def _cohort(self) -> Self:
@@ -216,8 +288,16 @@ class Rule(Strict):
         description="what happens; the one further along this list wins",
         json_schema_extra={"default": Action.RELEASE.word},
     )
-    max_norm: Annotated[Norm, BeforeValidator(_not_auto)] | None = Field(
-        default=None, description="L2 norm of what the rule matches, before noise; smallest wins"
+    max_norm: Bound | None = Field(
+        default=None,
+        description="L2 norm of what the rule matches, before noise; smallest wins; "
+        '"auto" follows what left this site before, between max_norm_floor and max_norm_ceiling',
+    )
+    max_norm_floor: Norm | None = Field(
+        default=None, description='least bound that max_norm = "auto" may come to'
+    )
+    max_norm_ceiling: Norm | None = Field(
+        default=None, description='largest bound that max_norm = "auto" may come to'
     )
     max_abs: Norm | None = Field(
         default=None, description="largest absolute value of a coordinate; smallest wins"
@@ -233,6 +313,32 @@ class Rule(Strict):
     def everywhere(self) -> bool:
         """Whether the rule matches every parameter there is."""
         return globs.EVERYTHING in self.match
+
+    @property
+    def auto(self) -> AutoNorm | None:
+        """The limits of `max_norm = "auto"`; None where it is a number or left out."""
+        floor, ceiling = self.max_norm_floor, self.max_norm_ceiling
+        if self.max_norm != AUTO or floor is None or ceiling is None:
+            return None
+        return AutoNorm(floor, ceiling)
+
+    @model_validator(mode="after")
+    def _auto_has_limits(self) -> Self:
+        floor, ceiling = self.max_norm_floor, self.max_norm_ceiling
+        if self.max_norm != AUTO:
+            if floor is not None or ceiling is not None:
+                raise ValueError(
+                    "max_norm_floor and max_norm_ceiling are the limits of "
+                    f'max_norm = "{AUTO}": leave them out, or set max_norm to "{AUTO}"'
+                )
+        elif floor is None or ceiling is None:
+            raise ValueError(
+                f'max_norm = "{AUTO}" needs max_norm_floor and max_norm_ceiling, since a server '
+                "can try to move what it follows; the ceiling is the bound that the site can stand"
+            )
+        elif floor > ceiling:
+            raise ValueError("max_norm_floor is larger than max_norm_ceiling; swap them")
+        return self
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
@@ -282,11 +388,54 @@ class Policy(Strict):
 
     @property
     def noise_norm(self) -> float | None:
-        """C, the L2 norm that `noise_ratio` is relative to; None where the policy names none."""
+        """C, the L2 norm that `noise_ratio` is relative to; None where the policy names none.
+
+        Of a policy with `max_norm = "auto"` it is the largest that C can come to; that of one
+        round is the property of what `resolved` returns.
+        """
         if self.privacy is not None:
             return self.privacy.clip_norm
-        norms = [rule.max_norm for rule in self.always if rule.everywhere and rule.max_norm]
-        return max(norms, default=None)
+        norms = [
+            rule.max_norm_ceiling if rule.auto else rule.max_norm
+            for rule in self.always
+            if rule.everywhere
+        ]
+        return max((norm for norm in norms if isinstance(norm, float)), default=None)
+
+    @property
+    def autos(self) -> dict[str, AutoNorm]:
+        """Id of every rule with `max_norm = "auto"` -> its limits."""
+        return {rule.id: rule.auto for rule in self.rules if rule.auto is not None}
+
+    def resolved(self, auto_norms: Mapping[str, float]) -> Policy:
+        """Put this round's bounds in the place of `max_norm = "auto"`.
+
+        Args:
+            auto_norms: id of a rule -> its bound. One outside floor and ceiling becomes the
+                nearer of them; where a rule is left out, its start.
+
+        Returns:
+            A policy in which every max_norm is a number; itself where none was "auto".
+        """
+        limits = self.autos
+        if not limits:
+            return self
+        bounds = {
+            name: limit.clamp(auto_norms.get(name, limit.start)) for name, limit in limits.items()
+        }
+        rules = tuple(
+            rule.model_copy(
+                update={
+                    "max_norm": bounds[rule.id],
+                    "max_norm_floor": None,
+                    "max_norm_ceiling": None,
+                }
+            )
+            if rule.id in bounds
+            else rule
+            for rule in self.rules
+        )
+        return self.model_copy(update={"rules": rules})
 
     def expired(self, today: dt.date) -> bool:
         """Say whether `today` (UTC) is past the last day on which the policy is valid."""
@@ -352,29 +501,3 @@ class Policy(Strict):
             )
         if set(self.limits.metrics) - {NUM_EXAMPLES}:
             yield f'limits.metrics: under a promise only "{NUM_EXAMPLES}" may leave'
-
-
-def json_schema() -> dict[str, Any]:
-    """Return the JSON Schema of policy files, for editors and for other languages."""
-    schema: dict[str, Any] = _as_toml_has_it(Policy.model_json_schema(by_alias=True))
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "Gradient Sentinel policy",
-        **schema,
-    }
-
-
-def _as_toml_has_it(node: Any) -> Any:  # noqa: ANN401  any part of a JSON document
-    """Drop null, which TOML does not have, and titles that only repeat the key."""
-    if isinstance(node, list):
-        return [_as_toml_has_it(part) for part in node]
-    if not isinstance(node, dict):
-        return node
-    choices = [choice for choice in node.get("anyOf", ()) if choice != {"type": "null"}]
-    node = {key: value for key, value in node.items() if key not in {"anyOf", "title"}}
-    node = {key: value for key, value in node.items() if value is not None}
-    if len(choices) == 1:
-        node = {**choices[0], **node}
-    elif choices:
-        node["anyOf"] = choices
-    return {key: _as_toml_has_it(value) for key, value in node.items()}

@@ -99,7 +99,13 @@ def _condition(when: When) -> str:
 def _asked(rule: Rule) -> Iterator[str]:
     if rule.max_abs is not None:
         yield f"no value may change by more than {rule.max_abs:g}"
-    if rule.max_norm is not None:
+    if rule.auto is not None:
+        yield (
+            "the change is scaled down to a size (L2 norm) that follows what left this site "
+            f"before, from {rule.auto.floor:g} to {rule.auto.ceiling:g}, {rule.auto.start:g} at "
+            "first"
+        )
+    elif rule.max_norm is not None:
         yield f"the change is scaled down to a size (L2 norm) of at most {rule.max_norm:g}"
     if rule.noise_ratio is not None:
         yield f"noise {rule.noise_ratio:g} times as large as the bound on the size is added"

@@ -3,6 +3,8 @@
 - Every charge is on disk (SQLite, WAL, synchronous=FULL) before anything can leave.
 - The check against the budget and the charge are one transaction: concurrent processes on one
   ledger never overspend.
+- Budget is one per dataset, over the life of the file: rounds, jobs, federations, policies and
+  restarts all spend from it, and nothing resets it.
 - Nothing is ever removed or refunded. Each row carries the hash of the row before it; the head
   (sequence number and hash) goes into every record of the audit log, so that a ledger put back
   from a backup is seen.
@@ -21,19 +23,21 @@ from typing import TYPE_CHECKING
 
 from sentinel.durable import open_private
 from sentinel.errors import Withheld
-from sentinel.privacy.accounting import total
-from sentinel.privacy.events import event_from_json
-from sentinel.terms import GENESIS, Reason
+from sentinel.privacy.accounting import total, weigh
+from sentinel.privacy.events import UnboundedEvent, event_from_json, event_to_json
+from sentinel.privacy.mechanisms import covers
+from sentinel.privacy.tally import Tally
+from sentinel.terms import GENESIS, SMALLEST_NOISE_MULTIPLIER, Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from sentinel.privacy.accounting import Promise, Spent
-    from sentinel.privacy.events import GaussianEvent, UnboundedEvent
+    from sentinel.privacy.events import PromisedEvent
 
 _SCHEMA_VERSION = 1
-_BUSY_SECONDS = 30.0
+_BUSY_SECONDS = 120.0  # a check under the lock may take seconds near the end of a budget
 _CREATE = """
 CREATE TABLE IF NOT EXISTS event (
     seq INTEGER PRIMARY KEY,
@@ -47,9 +51,8 @@ CREATE TABLE IF NOT EXISTS event (
     hash TEXT NOT NULL
 ) STRICT
 """
-# What is asked for at every release: totals by dataset, charges of a day, charges of a round.
+# What is asked for at every release: charges of a day, charges of a round. (Totals: see `tally`.)
 _INDICES = (
-    "CREATE INDEX IF NOT EXISTS by_event ON event (dataset, event)",
     "CREATE INDEX IF NOT EXISTS by_time ON event (dataset, at)",
     "CREATE INDEX IF NOT EXISTS by_round ON event (round)",
 )
@@ -81,7 +84,7 @@ class Charge:
     dataset: str
     policy: str
     round: str
-    event: GaussianEvent | UnboundedEvent
+    event: PromisedEvent | UnboundedEvent
     log_head: Head
 
 
@@ -106,6 +109,7 @@ class Ledger:
         self._db: sqlite3.Connection | None = None
         self._owner = 0
         self._file = (0, 0)
+        self._tally = Tally()
         os.close(open_private(path, os.O_RDWR | os.O_CREAT))
         with self._connection() as db:
             db.execute("PRAGMA journal_mode=WAL")
@@ -145,13 +149,28 @@ class Ledger:
             The new head.
 
         Raises:
-            Withheld: BUDGET_EXHAUSTED or RATE_LIMITED; then nothing was written.
+            Withheld: BUDGET_EXHAUSTED, PROMISE_NOT_KEPT or RATE_LIMITED; then nothing was written.
+
+        Guarantees:
+            | case                                        | what happens                           |
+            |---------------------------------------------|----------------------------------------|
+            | the total after it stays at or below epsilon| written and synced before the return   |
+            | it would exceed epsilon                     | BUDGET_EXHAUSTED, nothing written      |
+            | noise multiplier below 0.05                 | BUDGET_EXHAUSTED, nothing written      |
+            | an event of a finer unit than the promise's,| PROMISE_NOT_KEPT, nothing written: it  |
+            | or one without a promise, under a promise   | would never count against it           |
+            | no promise                                  | written; the dataset's lifetime        |
+            |                                             | promises are void from here on         |
+            | several processes at once                   | one after the other, check and charge  |
+            | killed at any instant                       | written whole, or not at all           |
         """
+        if promise is not None:  # without the lock: near the end of a budget it may take seconds
+            self.require_budget(charge.dataset, charge.event, promise)
         with self._connection() as db:
             db.execute("BEGIN IMMEDIATE")
             try:
                 if promise is not None:
-                    _require_budget(_counted(db, charge.dataset), charge.event, promise)
+                    _require_budget(self._counted(db, charge.dataset), charge.event, promise)
                 _require_rate(db, charge.dataset, charge.at, per_day)
                 head = _append(db, charge)
                 db.execute("COMMIT")
@@ -161,16 +180,20 @@ class Ledger:
         return head
 
     def require_budget(
-        self, dataset: str, event: GaussianEvent | UnboundedEvent, promise: Promise
+        self, dataset: str, event: PromisedEvent | UnboundedEvent, promise: Promise
     ) -> None:
-        """Raise BUDGET_EXHAUSTED where charging `event` would exceed the promise."""
+        """Raise what `charge` would raise for the budget now; nothing is written."""
         with self._connection() as db:
-            _require_budget(_counted(db, dataset), event, promise)
+            _require_budget(self._counted(db, dataset), event, promise)
 
-    def spent(self, dataset: str, promise: Promise) -> Spent:
-        """What all events on `dataset` add up to."""
+    def counted(self, dataset: str) -> dict[PromisedEvent | UnboundedEvent, int]:
+        """Each event on `dataset`, and how often it was charged."""
         with self._connection() as db:
-            return total(_counted(db, dataset), promise)
+            return dict(self._counted(db, dataset))
+
+    def spent(self, dataset: str, promise: Promise, *, tight: bool = False) -> Spent:
+        """What all events on `dataset` add up to; see `total`."""
+        return total(self.counted(dataset), promise, tight=tight)
 
     def require_rate(self, dataset: str, at: int, per_day: int | None) -> None:
         """Raise RATE_LIMITED where a charge at the time `at` would be one too many."""
@@ -214,6 +237,14 @@ class Ledger:
             head = Head(columns[0], expected)
         return head
 
+    def _counted(
+        self, db: sqlite3.Connection, dataset: str
+    ) -> Mapping[PromisedEvent | UnboundedEvent, int]:
+        try:
+            return self._tally.counted(db, dataset)
+        except ValueError:
+            raise _damaged("holds an event of an unknown kind or version") from None
+
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
         """The connection of this process, one operation at a time.
@@ -240,6 +271,7 @@ class Ledger:
             )
             self._owner = os.getpid()
             self._file = _identity(self._path)
+            self._tally = Tally()
             self._db.execute("PRAGMA synchronous=FULL")
         return self._db
 
@@ -276,7 +308,7 @@ def _append(db: sqlite3.Connection, charge: Charge) -> Head:
         charge.dataset,
         charge.policy,
         charge.round,
-        charge.event.model_dump_json(),
+        event_to_json(charge.event),
         charge.log_head.seq,
         charge.log_head.hash,
     )
@@ -306,17 +338,6 @@ def _row(columns: tuple[object, ...]) -> Row:
     )
 
 
-def _counted(db: sqlite3.Connection, dataset: str) -> dict[GaussianEvent | UnboundedEvent, int]:
-    query = "SELECT event, COUNT(*) FROM event WHERE dataset = ? GROUP BY event"
-    counted: dict[GaussianEvent | UnboundedEvent, int] = {}
-    for text, times in db.execute(query, (dataset,)):
-        try:
-            counted[event_from_json(text)] = times
-        except ValueError:
-            raise _damaged("holds an event of an unknown kind or version") from None
-    return counted
-
-
 def _require_rate(db: sqlite3.Connection, dataset: str, at: int, per_day: int | None) -> None:
     if per_day is None:
         return
@@ -329,16 +350,33 @@ def _require_rate(db: sqlite3.Connection, dataset: str, at: int, per_day: int | 
 
 
 def _require_budget(
-    counted: dict[GaussianEvent | UnboundedEvent, int],
-    event: GaussianEvent | UnboundedEvent,
+    counted: Mapping[PromisedEvent | UnboundedEvent, int],
+    event: PromisedEvent | UnboundedEvent,
     promise: Promise,
 ) -> None:
-    after = counted | {event: counted.get(event, 0) + 1}
-    spent = total(after, promise)
-    if spent.epsilon > promise.epsilon:
+    _require_countable(event, promise)
+    spent = weigh({**counted, event: counted.get(event, 0) + 1}, promise)
+    if not spent.epsilon <= promise.epsilon:
         raise Withheld(
             Reason.BUDGET_EXHAUSTED,
             f"One more release would spend epsilon {spent.epsilon:.3g} of {promise.epsilon:.3g} "
-            f"(delta {promise.delta:g}, unit {promise.unit}, adjacency {promise.adjacency}); the "
-            "budget holds for the life of the ledger. See `sentinel budget show`.",
+            f"(delta {promise.delta:g}, unit {promise.unit}, adjacency {promise.adjacency}, "
+            f"{spent.accountant}); the budget holds for the life of the ledger. See `sentinel "
+            "budget show`.",
+        )
+
+
+def _require_countable(event: PromisedEvent | UnboundedEvent, promise: Promise) -> None:
+    """Refuse what would not count, or has no epsilon that can be computed."""
+    if isinstance(event, UnboundedEvent) or not covers(event, promise.unit):
+        raise Withheld(
+            Reason.PROMISE_NOT_KEPT,
+            f"The release does not protect a {promise.unit}, which the policy promises; it would "
+            "not count against the budget.",
+        )
+    if event.noise_multiplier < SMALLEST_NOISE_MULTIPLIER:
+        raise Withheld(
+            Reason.BUDGET_EXHAUSTED,
+            f"The noise multiplier is below {SMALLEST_NOISE_MULTIPLIER}: there the accountants ask "
+            "for terabytes and no epsilon worth the name exists. Use a larger one.",
         )

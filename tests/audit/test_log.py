@@ -290,3 +290,20 @@ def test_an_alert_refuses_anything_else_and_writes_nothing(
     with pytest.raises(TypeError, match="reason codes"):
         Alerts().send(AlertEvent.UPDATE_WITHHELD, **fields)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("read", ["last", "hash_at", "was_released"])
+def test_a_log_that_cannot_be_read_withholds(tmp_path: Path, monkeypatch, read: str) -> None:
+    """A failing disk is a refusal with a reason, never a bare OSError."""
+    log = AuditLog(tmp_path / "audit")
+    log.append(aborted)
+
+    def broken(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("pathlib.Path.open", broken)
+    monkeypatch.setattr(os, "open", broken)
+    asked = {"last": log.last, "hash_at": lambda: log.hash_at(1)}
+    with pytest.raises(Withheld) as caught:
+        asked.get(read, lambda: log.was_released("b" * 64))()
+    assert caught.value.reason is Reason.STORAGE_FAILED

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from sentinel.cli import policy as cli
 from sentinel.cli import policy_screen
 from sentinel.policy import load_policy
-from sentinel.policy.schema import json_schema
+from sentinel.policy.json_schema import json_schema
 from sentinel.privacy import GaussianEvent, Promise, total
 from sentinel.terms import Adjacency, Unit
 
@@ -191,13 +191,16 @@ def test_check_stops_counting_releases_at_a_million(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("unit", ["patient", "record"])
-def test_check_fails_for_a_promise_that_this_version_cannot_keep(tmp_path: Path, unit: str) -> None:
+def test_check_fails_for_a_promise_per_patient_without_a_batch(tmp_path: Path, unit: str) -> None:
     path = tmp_path / "private.toml"
     text = SITE.format(16).replace('"site"\nepsilon', f'"{unit}"\npatients = 100\nepsilon')
     path.write_text(text, encoding="utf-8")
     code, told = run("check", path)
     assert code == 1
-    assert f'error: releases nothing: privacy.unit = "{unit}" needs private training' in told
+    assert "error: releases nothing: privacy.batch is missing" in told
+    path.write_text(text.replace("patients = 100", "patients = 100\nbatch = 5"), encoding="utf-8")
+    code, told = run("check", path)
+    assert (code, "guard.private" in told) == (0, True)
 
 
 def test_check_without_a_promise_does_not_wait_for_the_accountant(folder: Path) -> None:
@@ -266,6 +269,22 @@ def test_explain_with_a_model_puts_the_noise_beside_the_clip(model: Path) -> Non
     assert "WARNING" not in text
     loud = run("explain", "tabular-ehr", "--model", model, "--sensitivity", "0.6")[1]
     assert "WARNING: the noise drowns the update" in loud
+
+
+def test_explain_shows_a_bound_that_follows_at_any_value(tmp_path: Path, model: Path) -> None:
+    path = tmp_path / "auto.toml"
+    limits = "max_norm_floor = 0.1\nmax_norm_ceiling = 10\nnoise_ratio = 2\n"
+    path.write_text(EMPTY + f'[[rule]]\nid = "all"\nmax_norm = "auto"\n{limits}', encoding="utf-8")
+    first = run("explain", path, "--model", model)[1]
+    assert 'Rule "all": max_norm = "auto" is shown as in the first round, 1;' in first
+    assert "bound on the update's norm: 1. The noise is at least 2 times" in first
+    later = run("explain", path, "--model", model, "--auto-norm", "all=5")[1]
+    assert 'Rule "all": max_norm = "auto" is taken to have come to 5.' in later
+    assert "Expected norm of the noise: 10; bound on the update's norm: 5." in later
+    answer = run_json("explain", path, "--model", model, "--auto-norm", "all=5")[1]
+    assert answer["groups"][0]["knobs"]["max_norm"] == {"value": 5.0, "rules": ["all"]}
+    for wrong in ("all=11", "all=nan", "all=", "all", "other=1"):
+        assert run("explain", path, "--auto-norm", wrong)[0] == 2
 
 
 def test_explain_says_that_an_empty_policy_releases_nothing(tmp_path: Path, model: Path) -> None:

@@ -10,8 +10,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sentinel.chunks import CHUNK, chunks, sum_of_squares
-from sentinel.mechanism import clip_factor, clip_to, grid_step, keep_, limit_
-from sentinel.mechanism.grid import rounding_reach
+from sentinel.mechanism import (
+    Recipe,
+    SystemEntropy,
+    clip_factor,
+    grid_step,
+    rounding_reach,
+    treat_all_,
+)
+
+
+def clip_to(max_norm: float, tensors: list[torch.Tensor]) -> float:
+    """Scale float32 tensors in place to one joint norm; the factor."""
+    factor = clip_factor([sum_of_squares(tensor) for tensor in tensors], max_norm)
+    for tensor in tensors:
+        tensor.mul_(factor)
+    return factor
+
+
+def treated(tensor: torch.Tensor, recipe: Recipe, entropy: object = None) -> torch.Tensor:
+    """What a recipe makes of a copy."""
+    out = tensor.clone()
+    treat_all_({"t": out}, {"t": recipe}, entropy or SystemEntropy())
+    return out
 
 
 @given(
@@ -20,26 +41,26 @@ from sentinel.mechanism.grid import rounding_reach
 )
 def test_the_clipped_float32_values_obey_the_bound(values: list[float], max_norm: float) -> None:
     tensor = torch.tensor(values, dtype=torch.float32)
-    clip_to(max_norm, [tensor], [sum_of_squares(tensor)])
+    clip_to(max_norm, [tensor])
     assert math.sqrt(sum_of_squares(tensor)) <= max_norm
 
 
 @pytest.mark.parametrize(("value", "max_norm"), [(3e38, 6.6e-7), (3e38, 1e-12), (1e30, 1.0)])
 def test_a_factor_below_the_range_of_float32_keeps_the_bound(value: float, max_norm: float) -> None:
     tensor = torch.tensor([value, -value])
-    clip_to(max_norm, [tensor], [sum_of_squares(tensor)])
+    clip_to(max_norm, [tensor])
     assert math.sqrt(sum_of_squares(tensor)) <= max_norm
 
 
 def test_an_update_under_the_bound_is_left_as_it_is() -> None:
     tensor = torch.tensor([0.3, 0.4])
-    assert clip_to(1.0, [tensor], [0.25]) == 1.0
+    assert clip_to(1.0, [tensor]) == 1.0
     assert torch.equal(tensor, torch.tensor([0.3, 0.4]))
 
 
 def test_several_tensors_are_bounded_together() -> None:
     tensors = [torch.full((3,), 10.0), torch.tensor(10.0)]
-    clip_to(1.0, tensors, [sum_of_squares(tensor) for tensor in tensors])
+    clip_to(1.0, tensors)
     assert math.sqrt(sum(map(sum_of_squares, tensors))) == pytest.approx(1.0, rel=1e-5)
     assert tensors[0][0] == tensors[1]
 
@@ -56,15 +77,11 @@ def test_edges_of_the_factor() -> None:
 
 
 def test_max_abs_bounds_each_coordinate() -> None:
-    tensor = torch.tensor([-5.0, 0.5, 5.0])
-    limit_(tensor, 1.0)
-    assert tensor.tolist() == [-1.0, 0.5, 1.0]
-    for bound in (0.1, 0.3, 0.7):  # nearest rounding would exceed .3 in float32
-        limit_(tensor, bound)
-        assert float(tensor.double().abs().max()) <= bound
-        tensor = torch.tensor([-1.0, 0.5, 1.0])
-    limit_(tensor, math.inf)
-    assert tensor.tolist() == [-1.0, 0.5, 1.0]
+    tensor = torch.tensor([-5.0, 0.5, 5.0], dtype=torch.float64)
+    for bound in (1.0, 0.1, 0.3, 0.7):
+        assert float(treated(tensor, Recipe(max_abs=bound)).abs().max()) <= bound
+    assert treated(tensor, Recipe(max_abs=1.0)).tolist() == [-1.0, 0.5, 1.0]
+    assert torch.equal(treated(tensor, Recipe()), tensor)
 
 
 @given(max_norm=st.floats(1e-9, 1e9), coordinates=st.integers(1, 10**9))
@@ -78,18 +95,19 @@ def test_the_grid_is_a_power_of_two_and_moves_the_vector_little(
 
 
 def test_the_mask_keeps_its_share_whatever_the_values(fixed_entropy) -> None:
-    size, large = torch.ones(100_000), torch.linspace(-1e6, 1e6, 100_000)
-    for tensor in (size, large):
-        keep_(tensor, 0.25, fixed_entropy(9))
+    size, large = (
+        treated(tensor, Recipe(keep=0.25), fixed_entropy(9))
+        for tensor in (torch.ones(100_000), torch.linspace(-1e6, 1e6, 100_000))
+    )
     assert (size != 0).float().mean().item() == pytest.approx(0.25, abs=0.01)
     assert torch.equal(size != 0, large != 0)  # same bits, other data: the same mask
     assert set(size.unique().tolist()) == {0.0, 4.0}
 
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.1, math.nan])
-def test_a_share_that_is_none_is_refused(share: float, fixed_entropy) -> None:
+def test_a_share_that_is_none_is_refused(share: float) -> None:
     with pytest.raises(ValueError, match="share"):
-        keep_(torch.ones(3), share, fixed_entropy(0))
+        Recipe(keep=share)
 
 
 def test_sums_of_squares_are_accumulated_in_float64_over_chunks() -> None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from sentinel.chunks import sum_of_squares
-from sentinel.mechanism import GaussianMechanism
-from sentinel.mechanism.transform import Transformed, transform_
+from sentinel.mechanism import GaussianMechanism, Prepared, prepare, transform
 from sentinel.terms import Action, NormBound, Plan, Treatment
+from sentinel.update import Role, Update
 
 
 def run(
@@ -19,11 +19,15 @@ def run(
     entropy: object,
     aliases: dict | None = None,
     base_std: float = 0.0,
-) -> Transformed:
+) -> Prepared:
+    """Carry out a plan; `deltas` holds afterwards what leaves of them."""
     squares = {name: sum_of_squares(delta) for name, delta in deltas.items()}
-    return transform_(
-        deltas, squares, plan, aliases=aliases or {}, base_std=base_std, entropy=entropy
-    )
+    base = {name: torch.zeros_like(delta) for name, delta in deltas.items()}
+    roles = dict.fromkeys(deltas, Role.PARAMETER)
+    update = Update(deltas, squares, aliases or {}, base, roles)
+    prepared = prepare(update, plan, base_std=base_std)
+    deltas.update(transform(update, prepared, kind="delta", entropy=entropy))
+    return prepared
 
 
 def plan_of(treatments: dict[str, Treatment], *bounds: NormBound) -> Plan:
@@ -59,7 +63,9 @@ def test_the_bound_holds_before_the_noise_with_the_grid_counted_in(fixed_entropy
 
 
 @pytest.mark.parametrize("ratio", [1e-6, 1e-4, 1e-2])
-def test_noise_much_smaller_than_the_grid_is_still_there(fixed_entropy, ratio: float) -> None:
+def test_noise_much_smaller_than_the_grid_of_the_bound_is_still_there(
+    fixed_entropy, ratio: float
+) -> None:
     """The grid is finer than the noise, however little of it is asked for."""
     deltas = {"a": torch.zeros(10_000)}
     std = ratio / 100

@@ -94,3 +94,27 @@ def test_a_malformed_test_file_is_refused(text: str, sentence: str) -> None:
     with pytest.raises(PolicyError) as caught:
         parse_cases(text.encode(), "p.test.toml")
     assert sentence in str(caught.value)
+
+
+def test_a_case_says_what_a_bound_that_follows_has_come_to() -> None:
+    """Left out, it is that of the first round; of another rule it is a mistake."""
+    text = POLICY.replace(
+        "max_norm = 2.0", 'max_norm = "auto"\nmax_norm_floor = 0.5\nmax_norm_ceiling = 8.0', 1
+    )
+    policy = parse_toml(text.encode(), "p.toml", Policy)
+
+    def problems(evidence: str, expect: str) -> list[str]:
+        case = (
+            f'schema = 1\n[[case]]\nname = "c"\nevidence = {{ {evidence} }}\n'
+            f'expect = {{ action = "release", {expect} }}\n'
+        )
+        report = run_cases(policy, parse_cases(case.encode(), "p.test.toml"))
+        return [problem for result in report.results for problem in result.problems]
+
+    assert problems("", "max_norm = 2.0, noise_ratio = 3") == []
+    assert problems("auto_norms = { base = 5 }", "max_norm = 5, noise_ratio = 3") == []
+    assert problems("auto_norms = { base = 99 }", "max_norm = 8.0") == []
+    assert problems("auto_norms = { leaky = 5 }", "max_norm = 2.0") == [
+        'auto_norms: rule "leaky" has no max_norm = "auto"'
+    ]
+    assert problems("", "max_norm = 5")[0].startswith("max_norm of weight: expected 5, got 2")

@@ -33,11 +33,19 @@ def findings(text: str, model: dict[str, int] | None = None) -> list[tuple[str, 
 
 
 @pytest.mark.parametrize("unit", ["patient", "record"])
-def test_a_promise_that_this_version_cannot_keep_is_an_error(unit: str) -> None:
+def test_a_promise_per_patient_or_record_needs_a_batch(unit: str) -> None:
     text = HEAD + SITE.replace("site", unit) + STOPS + '[[rule]]\nid = "b"\nmax_norm = 1\n'
     (error,) = (one for one in findings(text) if one[0] == "error")
-    assert error[2].startswith(f'releases nothing: privacy.unit = "{unit}" needs private training')
-    assert "promise-not-kept" in error[2]
+    assert error[2].startswith("releases nothing: privacy.batch is missing")
+
+
+@pytest.mark.parametrize("unit", ["patient", "record"])
+def test_a_promise_per_patient_or_record_is_told_as_private_training(unit: str) -> None:
+    text = HEAD + SITE.replace("site", unit).replace("epsilon", "batch = 5\nepsilon")
+    found = findings(text + STOPS + '[[rule]]\nid = "b"\nmax_norm = 1\n')
+    assert not [one for one in found if one[0] == "error"]
+    (note,) = (one[2] for one in found if "guard.private" in one[2])
+    assert f"takes each {unit} with probability 0.05" in note
 
 
 @pytest.mark.parametrize(
@@ -178,3 +186,63 @@ def test_a_glob_that_matches_nothing_of_the_model_is_an_error() -> None:
 def test_a_policy_that_lets_nothing_of_the_model_out_is_an_error() -> None:
     text = HEAD + STOPS + RULE + 'match = ["other.*"]\n'
     assert any(one[2].startswith("releases nothing of this model") for one in findings(text, MODEL))
+
+
+AUTO = (
+    '[[rule]]\nid = "base"\nmax_norm = "auto"\nmax_norm_floor = 0.1\nmax_norm_ceiling = 10\n'
+    "noise_ratio = 1\n"
+)
+
+
+def warned(text: str) -> list[str]:
+    return [message for severity, rule, message in findings(text) if severity == "warning"]
+
+
+def test_a_bound_that_follows_is_a_bound() -> None:
+    assert warned(HEAD + AUTO + STOPS) == []
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "said"),
+    [
+        ("ceiling = 10", "ceiling = 101", "more than 1000 times max_norm_floor: the first round"),
+        ("ceiling = 10", "ceiling = 0.1", "cannot move: floor and ceiling are equal"),
+        ("noise_ratio = 1\n", "", "raises the bound to its ceiling and reads that much more"),
+        ("noise_ratio = 1\n", "noise_ratio = 0\n", "reads that much more; give a noise_ratio"),
+    ],
+)
+def test_limits_that_a_server_or_a_first_round_would_make_much_of(
+    right: str, wrong: str, said: str
+) -> None:
+    assert any(said in one for one in warned(HEAD + AUTO.replace(right, wrong) + STOPS))
+
+
+def test_limits_a_thousand_apart_are_not_too_far_apart() -> None:
+    assert warned(HEAD + AUTO.replace("ceiling = 10", "ceiling = 100") + STOPS) == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "dead"),
+    [
+        ("max_norm = 10", True),  # the other is at most 10, whatever it follows
+        ("max_norm = 9", False),
+        ('max_norm = "auto"\nmax_norm_floor = 10\nmax_norm_ceiling = 20', True),
+        ('max_norm = "auto"\nmax_norm_floor = 9\nmax_norm_ceiling = 20', False),
+        ('max_norm = "auto"\nmax_norm_floor = 0.1\nmax_norm_ceiling = 10', False),
+    ],
+)
+def test_a_rule_is_outdone_by_a_bound_that_follows_only_where_it_always_is(
+    rule: str,
+    dead: bool,  # noqa: FBT001  a parameter of the test
+) -> None:
+    text = HEAD + AUTO + STOPS + RULE + "when = { suspicion = 0.2 }\n" + rule + "\n"
+    assert any("changes nothing" in one for one in warned(text)) is dead
+
+
+def test_a_bound_that_follows_is_outdone_by_a_number_at_its_floor() -> None:
+    for number, dead in ((0.1, True), (0.2, False)):
+        base = f'[[rule]]\nid = "base"\nmax_norm = {number}\nnoise_ratio = 1\n'
+        auto = AUTO.replace("base", "follows").replace("noise_ratio = 1\n", "")
+        auto = auto.replace('"follows"\n', '"follows"\nwhen = { suspicion = 0.2 }\n')
+        found = warned(HEAD + base + STOPS + auto)
+        assert any("changes nothing" in one for one in found) is dead

@@ -20,8 +20,15 @@ SITE = {"unit": "site", "epsilon": 8.0, "delta": 1e-6, "clip_norm": 0.5, "noise_
 
 
 def policy_of(*rules: dict[str, Any], privacy: dict[str, Any] | None = None) -> Policy:
-    named = [{"id": f"r{at}", **rule} for at, rule in enumerate(rules)]
+    named = [{"id": f"r{at}", **_limited(rule)} for at, rule in enumerate(rules)]
     return Policy.model_validate({"schema": 1, "name": "p", "privacy": privacy, "rule": named})
+
+
+def _limited(rule: dict[str, Any]) -> dict[str, Any]:
+    """Give "auto" its floor and ceiling."""
+    if rule.get("max_norm") != "auto":
+        return rule
+    return {"max_norm_floor": _FLOOR, "max_norm_ceiling": _CEILING, **rule}
 
 
 def evidence_of(coordinates: dict[str, int], **scores: Any) -> Evidence:
@@ -165,6 +172,9 @@ _share = st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0])
 _norm = st.floats(1e-3, 1e3)
 
 
+_FLOOR, _CEILING = 1e-2, 1e2
+
+
 def _optional(**keys: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
     return st.fixed_dictionaries({}, optional=keys)
 
@@ -177,7 +187,7 @@ _when = _optional(
 ).filter(bool)
 _match = st.lists(st.sampled_from(GLOBS), min_size=1, max_size=2, unique=True)
 _knobs = _optional(
-    max_norm=_norm,
+    max_norm=st.one_of(_norm, st.just("auto")),
     max_abs=_norm,
     noise_ratio=st.floats(0, 100),
     keep=st.floats(1e-3, 1),
@@ -215,7 +225,11 @@ _evidence = st.fixed_dictionaries(
         "suspicion": _share,
         "budget_spent": _share,
         "unhealthy": st.booleans(),
+        "auto_norms": st.just({}),
     }
+)
+_auto_norms = st.dictionaries(
+    st.sampled_from(["r0", "r1", "r2", "r3"]), st.floats(allow_nan=True, allow_infinity=True)
 )
 _coordinates = st.dictionaries(st.sampled_from(NAMES), st.integers(0, 10_000))
 
@@ -309,15 +323,20 @@ def test_no_further_rule_weakens_what_was_let_out(
 
 
 @settings(deadline=None)
-@given(policies(), _coordinates, _evidence, _evidence)
+@given(policies(), _coordinates, _evidence, _evidence, _auto_norms)
 def test_more_risk_never_means_less_protection(
-    drawn: list[Policy], coordinates: dict[str, int], one: dict[str, Any], other: dict[str, Any]
+    drawn: list[Policy],
+    coordinates: dict[str, int],
+    one: dict[str, Any],
+    other: dict[str, Any],
+    norms: dict[str, float],
 ) -> None:
     """Of sensitivity, suspicion, spent budget and ill health; the noise in force included."""
-    low = {score: min(one[score], other[score]) for score in one}
-    high = {score: max(one[score], other[score]) for score in one}
-    strict = decide(drawn[0], Evidence(coordinates, **high))
-    loose = decide(drawn[0], Evidence(coordinates, **low))
+    scores = set(one) - {"auto_norms"}
+    low = {score: min(one[score], other[score]) for score in scores}
+    high = {score: max(one[score], other[score]) for score in scores}
+    strict = decide(drawn[0], Evidence(coordinates, **high, auto_norms=norms))
+    loose = decide(drawn[0], Evidence(coordinates, **low, auto_norms=norms))
     assert strict.action >= loose.action
     assert_no_weaker(strict, loose, frozenset(coordinates))
     early = refuses(drawn[0], low["suspicion"], unhealthy=low["unhealthy"])
@@ -348,3 +367,61 @@ def test_a_refusal_at_the_opening_stands_at_the_end(
     """What `refuses` says of a round, `decide` says of its update, whatever else is measured."""
     opening = refuses(drawn[0], scores["suspicion"], unhealthy=scores["unhealthy"])
     assert decide(drawn[0], Evidence(coordinates, **scores)).action >= opening.action
+
+
+# The bound that follows.
+
+AUTO = {"max_norm": "auto", "noise_ratio": 3.0}
+
+
+def test_the_bound_that_follows_is_the_rounds_and_the_noise_is_measured_by_it() -> None:
+    policy = policy_of(AUTO)
+    for norm in (0.5, 5.0):
+        plan = decide(policy, evidence_of({"a": 100}, auto_norms={"r0": norm}))
+        assert plan.bounds == (NormBound(frozenset({"a"}), norm),)
+        assert plan.treatments["a"].noise_std == pytest.approx(3.0 * norm / 10)
+
+
+def test_without_history_the_bound_that_follows_is_its_start() -> None:
+    """The geometric middle of floor and ceiling."""
+    plan = decide(policy_of(AUTO), evidence_of({"a": 1}))
+    assert plan.bounds == (NormBound(frozenset({"a"}), 1.0),)
+
+
+def test_the_bound_that_follows_combines_with_others_by_the_smallest() -> None:
+    """And noise is measured by the largest that always applies to everything, as for numbers."""
+    fixed = {"max_norm": 2.0}
+    both = policy_of(AUTO, fixed, {"match": ["a"], "max_norm": "auto", "max_norm_ceiling": 0.2})
+    low = decide(both, evidence_of({"a": 4}, auto_norms={"r0": 0.5, "r2": 0.1}))
+    assert [bound.max_norm for bound in low.bounds] == [0.1]
+    assert low.treatments["a"].noise_std == pytest.approx(3.0 * 2.0 / 2)
+    high = decide(both, evidence_of({"a": 4, "b": 0}, auto_norms={"r0": 9.0, "r2": 0.1}))
+    assert [bound.max_norm for bound in high.bounds] == [0.1, 2.0]
+    assert high.treatments["a"].noise_std == pytest.approx(3.0 * 9.0 / 2)
+
+
+def test_a_bound_that_follows_is_no_number_until_it_is_resolved() -> None:
+    """Nothing takes it for "no bound"."""
+    policy = policy_of(AUTO)
+    assert policy.resolved({"r0": 0.5}).rules[0].max_norm == 0.5
+    assert policy.resolved({"r0": 0.5}).resolved({"r0": 7.0}).rules[0].max_norm == 0.5
+    assert policy.noise_norm == _CEILING
+    plain = policy_of({"max_norm": 1.0})
+    assert plain.resolved({"r0": 0.5}) is plain
+
+
+@settings(deadline=None)
+@given(_auto_norms, st.lists(rules_with_when(), max_size=3), _evidence)
+def test_whatever_was_remembered_the_bound_lies_between_floor_and_ceiling(
+    norms: dict[str, float], others: list[dict[str, Any]], scores: dict[str, Any]
+) -> None:
+    """NaN, infinity and negative numbers too; and the noise is at least the ratio times it."""
+    policy = policy_of(AUTO, *others)
+    plan = decide(policy, Evidence({"a": 1, "b.x": 9}, **{**scores, "auto_norms": norms}))
+    (whole,) = (bound.max_norm for bound in plan.bounds if len(bound.names) == 2)
+    (resolved,) = policy.resolved(norms).rules[:1]
+    assert isinstance(resolved.max_norm, float)
+    assert _FLOOR <= resolved.max_norm <= _CEILING
+    assert whole <= resolved.max_norm
+    for treatment in plan.treatments.values():
+        assert treatment.noise_std >= 3.0 * resolved.max_norm / math.sqrt(10) * (1 - 1e-12)

@@ -51,6 +51,19 @@ def test_the_worked_example_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert shown == 8
 
 
+def test_the_bound_that_follows_is_explained_as_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = DOCS.read_text(encoding="utf-8")
+    section = text[text.index("## A bound that follows") : text.index("## A promise")]
+    (_, policy), (_, shown) = _BLOCK.findall(section)
+    Path("follows.toml").write_text(policy, encoding="utf-8")
+    command, _, expected = shown.partition("\n")
+    arguments = command.removeprefix("$ sentinel policy ").split()
+    assert CliRunner().invoke(app, arguments).output == expected
+
+
 def blocks_with(text: str) -> list[str]:
     """The TOML blocks of the page that hold a text."""
     page = DOCS.read_text(encoding="utf-8")
@@ -67,13 +80,22 @@ def test_the_pair_of_rules_for_noise_holds_back_what_the_page_says() -> None:
 
 
 def test_the_promise_of_the_page_pays_for_as_many_releases_as_it_says(tmp_path: Path) -> None:
-    (promise,) = blocks_with("[privacy]")
+    (promise,) = blocks_with('unit = "site"')
     path = tmp_path / "promise.toml"
     path.write_text(f'schema = 1\nname = "p"\n{promise}[[rule]]\nid = "all"\n', encoding="utf-8")
     done = CliRunner().invoke(app, ["check", str(path)])
     assert done.exit_code == 0, done.output
     (count,) = re.findall(r"\((\d+) here\)", DOCS.read_text(encoding="utf-8"))
     assert f"pays for {count} releases" in done.output
+
+
+def test_the_promise_per_patient_of_the_page_is_one(tmp_path: Path) -> None:
+    (promise,) = blocks_with('unit = "patient"')
+    path = tmp_path / "promise.toml"
+    path.write_text(f'schema = 1\nname = "p"\n{promise}[[rule]]\nid = "all"\n', encoding="utf-8")
+    done = CliRunner().invoke(app, ["check", str(path)])
+    assert done.exit_code == 0, done.output
+    assert "guard.private" in done.output
 
 
 def test_the_first_rule_of_the_page_is_a_rule() -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from sentinel.errors import PolicyError
+from sentinel.policy.json_schema import json_schema
 from sentinel.policy.parsing import parse_toml
-from sentinel.policy.schema import Policy, json_schema
+from sentinel.policy.schema import Policy
 from sentinel.terms import Action, Adjacency, Unit
 
 HEAD = 'schema = 1\nname = "p"\n'
@@ -85,7 +86,22 @@ def test_noise_is_measured_by_the_largest_bound_on_everything() -> None:
     assert parse(HEAD + ALL).noise_norm is None
 
 
+def test_a_bound_that_follows_has_limits_and_may_stand_beside_a_promise_per_patient() -> None:
+    """There the update is private before the rules see it."""
+    for promise in ("", PATIENT):
+        policy = parse(HEAD + promise + ALL + AUTO + LIMITS + "noise_ratio = 1\n")
+        (limits,) = policy.autos.values()
+        assert (limits.floor, limits.ceiling, limits.start) == (0.1, 10.0, pytest.approx(1.0))
+        assert policy.noise_norm == (1.0 if promise else 10.0)
+        resolved = policy.resolved({"all": 0.5})
+        assert resolved.autos == {}
+        assert resolved.noise_norm == (1.0 if promise else 0.5)
+    assert parse(HEAD + ALL + "max_norm = 1\n").autos == {}
+
+
 LEAKY = '[[rule]]\nid = "r"\n'
+AUTO = 'max_norm = "auto"\n'
+LIMITS = "max_norm_floor = 0.1\nmax_norm_ceiling = 10\n"
 
 REFUSED = [
     (
@@ -133,7 +149,18 @@ REFUSED = [
     (HEAD + LEAKY + 'match = "**"\n', 'rule[0].match (rule "r"): expected a list'),
     (HEAD + LEAKY + "max_norm = 0\n", "rule[0].max_norm"),
     (HEAD + LEAKY + "max_norm = -1\n", "rule[0].max_norm"),
-    (HEAD + LEAKY + 'max_norm = "auto"\n', '"auto" is not offered yet'),
+    (HEAD + LEAKY + 'max_norm = "big"\n', 'max_norm (rule "r"): expected a number, as in 0.5, or'),
+    (HEAD + LEAKY + "max_norm = [1]\n", 'max_norm (rule "r"): expected a number, as in 0.5, or'),
+    (HEAD + LEAKY + "max_norm = true\n", 'max_norm (rule "r"): expected a number, as in 0.5; got'),
+    (HEAD + LEAKY + AUTO, "needs max_norm_floor and max_norm_ceiling"),
+    (HEAD + LEAKY + AUTO + "max_norm_floor = 1\n", "needs max_norm_floor and max_norm_ceiling"),
+    (HEAD + LEAKY + AUTO + "max_norm_ceiling = 1\n", "needs max_norm_floor and max_norm_ceiling"),
+    (HEAD + LEAKY + AUTO + "max_norm_floor = 2\nmax_norm_ceiling = 1\n", "swap them"),
+    (HEAD + LEAKY + AUTO + "max_norm_floor = 0\nmax_norm_ceiling = 1\n", "rule[0].max_norm_floor"),
+    (HEAD + LEAKY + AUTO + "max_norm_floor = 1\nmax_norm_ceiling = inf\n", "finite"),
+    (HEAD + LEAKY + "max_norm = 1\nmax_norm_floor = 0.1\n", 'the limits of max_norm = "auto"'),
+    (HEAD + LEAKY + "max_norm_ceiling = 1\n", 'the limits of max_norm = "auto"'),
+    (HEAD + SITE + LEAKY + AUTO + LIMITS, 'under unit "site" the clip is the promise\'s'),
     (HEAD + LEAKY + "max_norm = nan\n", "finite"),
     (HEAD + LEAKY + "max_abs = inf\n", "finite"),
     (HEAD + LEAKY + "keep = 0\n", "rule[0].keep"),

@@ -11,8 +11,9 @@ from sentinel.paths import bundled
 from sentinel.policy import load_policy, refuses
 from sentinel.policy.cases import parse_cases, run_cases
 from sentinel.policy.checks import Severity, check, failed
+from sentinel.policy.json_schema import json_schema
 from sentinel.policy.parsing import parse_toml
-from sentinel.policy.schema import Policy, json_schema
+from sentinel.policy.schema import Policy
 from sentinel.policy.starter import starter
 from sentinel.policy.store import TEST_SUFFIX, shipped
 from sentinel.terms import Action

@@ -31,6 +31,13 @@ def policy(text: str) -> Policy:
                 "kept, chosen at random."
             ),
         ),
+        (
+            'max_norm = "auto"\nmax_norm_floor = 0.1\nmax_norm_ceiling = 10',
+            (
+                "Always: every parameter may leave; the change is scaled down to a size (L2 norm) "
+                "that follows what left this site before, from 0.1 to 10, 1 at first."
+            ),
+        ),
         ('match = ["a.*", "b"]', "Always: what matches a.* or b may leave; nothing more is asked."),
         ('match = ["a"]\naction = "withhold"', "Always: what matches a is withheld."),
         (

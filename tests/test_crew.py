@@ -1,4 +1,4 @@
-"""Chunks: one thread while a release works, and the process as it was afterwards."""
+"""Crew: one thread while a release works, and the process as it was afterwards."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from sentinel.chunks import few_threads, one_thread
+from sentinel.crew import few_threads, one_thread
 
 
 @pytest.fixture(autouse=True)

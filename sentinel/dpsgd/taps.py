@@ -1,0 +1,285 @@
+"""Taps: what went into each layer, and the gradient at what came out, row by row.
+
+While a model is tapped, its parameters stand outside the graph: the backward pass computes no
+ordinary gradient of them at all. Whatever still reaches a parameter by another way than its own
+layer (a weight that is used as a mere tensor, a penalty added to the loss) is thereby seen.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sentinel.dpsgd.layers import is_lookup, layers_to_tap, own_parameters
+from sentinel.errors import MisuseError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# Layers whose backward pass does not need their output: it may be marked as written in place.
+_OUTPUT_UNUSED = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.Embedding,
+    nn.LayerNorm,
+    nn.GroupNorm,
+)
+
+
+@dataclass(slots=True)
+class Capture:
+    """What one layer saw of some rows of a batch, in one forward and backward pass.
+
+    Attributes:
+        layer: the layer.
+        first: the batch's row that row 0 here is.
+        inputs: what went in, (rows, ...).
+        grads: gradient of the loss at what came out, (rows, ...).
+        scale: by which `grads` become those of each record's own loss: the rows of the call where
+            the loss is a mean.
+    """
+
+    layer: nn.Module
+    first: int
+    inputs: Tensor
+    grads: Tensor
+    scale: float
+
+    def seen(self, first: int, end: int) -> tuple[Tensor, Tensor] | None:
+        """Inputs and gradients of some of the batch's rows; None where it did not see them all."""
+        first, end = first - self.first, end - self.first
+        if first < 0 or end > self.inputs.shape[0]:
+            return None
+        return self.inputs[first:end], self.grads[first:end]
+
+
+@dataclass(slots=True)
+class Call:
+    """One forward pass of the whole model.
+
+    Attributes:
+        batch: of which batch; None where no batch is open.
+        turn: how often the batch had been through the model before.
+        first: the batch's row that its row 0 is.
+        rows: how many.
+        uses: how often each layer was run in it so far.
+    """
+
+    batch: int | None
+    turn: int
+    first: int
+    rows: int
+    uses: Counter[nn.Module] = field(default_factory=Counter)
+
+
+@dataclass(slots=True)
+class OpenBatch:
+    """The batch whose gradients are being gathered.
+
+    Attributes:
+        number: tells it from all others.
+        rows: how many it has.
+        seen: rows that went through the model so far.
+        captures: by layer, and by turn, place and use within a call.
+    """
+
+    number: int
+    rows: int
+    seen: int = 0
+    captures: dict[tuple[nn.Module, int, int, int], Capture] = field(default_factory=dict)
+
+    def call(self, rows: int) -> Call:
+        """The next forward pass over `rows` of its rows.
+
+        Raises:
+            MisuseError: more rows than are left.
+        """
+        turn, first = divmod(self.seen, max(1, self.rows))
+        if first + rows > self.rows:
+            raise MisuseError(
+                "The model was given other records than the batch that the private loader gave: "
+                f"{first + rows} rows, and the batch has {self.rows}. Run every record of the "
+                "batch through the model, in its order, and no others."
+            )
+        self.seen += rows
+        return Call(self.number, turn, first, rows)
+
+
+class Taps:
+    """Taps on every layer of a model that holds trainable parameters.
+
+    Attributes:
+        batch: the batch whose gradients are gathered; None where none is open.
+        active: whether a forward pass is to be tapped at all.
+    """
+
+    def __init__(self, model: nn.Module, *, mean_loss: bool) -> None:
+        """Set the taps.
+
+        Raises:
+            MisuseError: a layer that private training refuses.
+        """
+        self.active = False
+        self.batch: OpenBatch | None = None
+        self._mean_loss = mean_loss
+        self._call: Call | None = None
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._held: list[tuple[nn.Module, dict[str, nn.Parameter | None]]] = []
+        self._layers = dict.fromkeys(layer for _, layer in layers_to_tap(model))
+        self._handles = [
+            model.register_forward_pre_hook(_Hook(self._begin), with_kwargs=True, prepend=True),
+            model.register_forward_hook(_Hook(self._end), always_call=True),
+        ]
+        for layer in self._layers:
+            self._handles += [
+                layer.register_forward_pre_hook(_Hook(self._before)),
+                layer.register_forward_hook(_Hook(self._after), prepend=True, always_call=True),
+            ]
+
+    def remove(self) -> None:
+        """Take the taps off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _begin(self, _: nn.Module, args: Any, kwargs: Any) -> None:  # noqa: ANN401 - whatever the model takes
+        if not (self.active and torch.is_grad_enabled()):
+            return
+        rows = _rows(args, kwargs)
+        self._call = Call(None, 0, 0, rows) if self.batch is None else self.batch.call(rows)
+
+    def _end(self, *_: object) -> None:
+        self._call = None
+
+    def _before(self, layer: nn.Module, _: object) -> None:
+        """Put the layer's parameters outside the graph."""
+        if not (self.active and torch.is_grad_enabled()):
+            return
+        if self._call is None:
+            raise MisuseError(
+                f"A {type(layer).__name__} of the model was run by itself; while it is trained "
+                "privately, run the whole model, which was given to guard.private."
+            )
+        parameters = layer._parameters  # noqa: SLF001 - torch has no other way to set one aside
+        self._held.append((layer, dict(parameters)))
+        for name, parameter in own_parameters(layer).items():
+            parameters[name] = parameter.detach()  # type: ignore[assignment]
+
+    def _after(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:  # noqa: ANN401 - as torch hands them over
+        """Put them back, and tap what came out."""
+        if not self._held or self._held[-1][0] is not layer:
+            return None
+        _, parameters = self._held.pop()
+        layer._parameters.update(parameters)  # noqa: SLF001 - as above
+        call = self._call
+        if call is None or output is None:
+            return None
+        if len(args) != 1 or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
+            raise MisuseError(
+                f"A {type(layer).__name__} takes or gives something else than one tensor; private "
+                "training cannot tell its gradients apart by record."
+            )
+        _require_rows(layer, args[0], output, call.rows)
+        number, call.uses[layer] = call.uses[layer], call.uses[layer] + 1
+        place = (self, call, layer, number)
+        return _Tap.apply(output, self._anchor, args[0].detach(), place)  # type: ignore[no-untyped-call]
+
+    def take(self, call: Call, layer: nn.Module, use: int, seen: tuple[Tensor, Tensor]) -> None:
+        """Keep what one layer saw.
+
+        Raises:
+            MisuseError: the batch is not the one that is open.
+        """
+        batch = self.batch
+        if batch is None or call.batch != batch.number:
+            raise MisuseError(
+                "A backward pass came without an open batch of the private loader, or after its "
+                "step. Train on the batches of the loader that guard.private gave, inside a "
+                "round, one optimizer.step() for each; evaluate under torch.no_grad()."
+            )
+        inputs, grads = seen
+        key = (layer, call.turn, call.first, use)
+        known = batch.captures.get(key)
+        if known is None:
+            scale = float(call.rows) if self._mean_loss else 1.0
+            batch.captures[key] = Capture(layer, call.first, inputs, grads, scale)
+        else:  # a second backward pass over the same forward pass
+            known.grads = known.grads + grads
+
+
+class _Hook:
+    """A hook that a copy of the model does not carry: probes run on copies."""
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self._run = run
+
+    def __call__(self, *args: Any) -> Any:  # noqa: ANN401 - as torch hands them over
+        return self._run(*args)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Callable[..., None]:
+        return _nothing
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
+        return _no_hook, ()
+
+
+def _nothing(*_: object) -> None:
+    """Stand where a hook was."""
+
+
+def _no_hook() -> Callable[..., None]:
+    return _nothing
+
+
+class _Tap(torch.autograd.Function):
+    """The identity; hands over the gradient that comes back."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, anchor: Tensor, inputs: Tensor, place: Any) -> Tensor:  # noqa: ANN401, ARG004 - as torch calls it; the anchor asks for gradients
+        ctx.place = place
+        ctx.save_for_backward(inputs)
+        if isinstance(place[2], _OUTPUT_UNUSED):
+            ctx.mark_dirty(output)
+            return output
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # noqa: ANN401 - torch types neither
+        taps, call, layer, use = ctx.place
+        taps.take(call, layer, use, (ctx.saved_tensors[0], grad.detach()))
+        return grad, None, None, None
+
+
+def _rows(args: Any, kwargs: Any) -> int:  # noqa: ANN401 - whatever the model takes
+    """How many records a call is about: the length of the first tensor in it."""
+    found = next(_tensors((args, kwargs)), None)
+    if found is None or found.dim() == 0:
+        raise MisuseError("The model was called without a tensor whose first dimension is records.")
+    return len(found)
+
+
+def _tensors(value: Any) -> Any:  # noqa: ANN401 - whatever the model takes
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for one in value.values():
+            yield from _tensors(one)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _tensors(one)
+
+
+def _require_rows(layer: nn.Module, inputs: Tensor, output: Tensor, rows: int) -> None:
+    """Refuse a layer whose first dimension is not the records: their parts could not be told."""
+    single = inputs.dim() == 1 and not is_lookup(layer)  # features, most likely
+    if single or any(tensor.dim() == 0 or len(tensor) != rows for tensor in (inputs, output)):
+        raise MisuseError(
+            f"A {type(layer).__name__} saw a tensor whose first dimension is not the records of "
+            "the batch. Keep the records first in every layer (batch_first=True; expand what all "
+            "records share, such as positions, to one row for each)."
+        )

@@ -1,0 +1,148 @@
+"""Units: which records of a data set belong to one patient, and which of them are in a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+import torch
+
+from sentinel.errors import MisuseError
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterable
+
+    from numpy.typing import NDArray
+
+    from sentinel.mechanism import Entropy
+
+    Whole = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """The records of one batch, those of a unit side by side.
+
+    Attributes:
+        records: dataset indices, (records,).
+        slots: which of the batch's units each record belongs to: 0 .. units - 1, rising.
+        units: how many units were drawn; may be 0.
+        left_out: records that the cap on records per patient kept out; stays in memory.
+    """
+
+    records: Whole
+    slots: Whole
+    units: int
+    left_out: int
+
+
+@dataclass(frozen=True, slots=True)
+class Units:
+    """A data set, grouped.
+
+    Attributes:
+        records: every dataset index, those of a unit side by side, (records,).
+        starts: where each unit's records begin in `records`, and the end, (units + 1,).
+        cap: most records of one unit in one batch.
+    """
+
+    records: Whole
+    starts: Whole
+    cap: int
+
+    @classmethod
+    def single(cls, records: int) -> Self:
+        """Every record is a unit of its own."""
+        return cls(np.arange(records), np.arange(records + 1), 1)
+
+    @classmethod
+    def grouped(cls, ids: Iterable[Hashable], records: int, cap: int) -> Self:
+        """Group records by the patient they belong to.
+
+        Args:
+            ids: the patient of each dataset index; only compared, never kept.
+            records: how many records the data set has.
+            cap: most records of one patient in one batch.
+
+        Raises:
+            MisuseError: not one id for each record, or an id that is missing.
+        """
+        codes = _codes(ids)
+        if len(codes) != records:
+            raise MisuseError(
+                "patients must hold one id for each index of the data set, in its order; the "
+                "lengths differ."
+            )
+        order = np.argsort(codes, kind="stable")
+        counts = np.bincount(codes) if records else np.zeros(0, dtype=np.int64)
+        return cls(order, np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), cap)
+
+    def __len__(self) -> int:
+        """How many units: data, not to be told to anybody."""
+        return len(self.starts) - 1
+
+    def take(self, units: Whole, entropy: Entropy) -> Drawn:
+        """The records of some units; of a unit above the cap, as many as it allows, at random.
+
+        Guarantees:
+            Which records of a unit are taken depends on that unit and on fresh entropy alone.
+
+            | unit                  | taken                                      |
+            |-----------------------|--------------------------------------------|
+            | up to `cap` records   | all                                        |
+            | more                  | `cap` of them, every subset equally likely |
+            | none drawn            | nothing: an empty batch                    |
+        """
+        counts = self.starts[units + 1] - self.starts[units]
+        total = int(counts.sum())
+        slots = np.repeat(np.arange(len(units)), counts)
+        first = np.cumsum(counts) - counts
+        places = np.arange(total) - first[slots] + self.starts[units][slots]
+        kept = self._within_cap(slots, counts, first, entropy)
+        return Drawn(self.records[places[kept]], slots[kept], len(units), total - int(kept.sum()))
+
+    def _within_cap(
+        self, slots: Whole, counts: Whole, first: Whole, entropy: Entropy
+    ) -> NDArray[np.bool_]:
+        """Which records stay: those with the smallest random keys of an overfull unit."""
+        kept = np.ones(len(slots), dtype=bool)
+        for slot in np.flatnonzero(counts > self.cap):
+            keys = np.empty(counts[slot], dtype=np.uint64)
+            entropy.fill(keys.data)
+            kept[first[slot] + np.argsort(keys, kind="stable")[self.cap :]] = False
+        return kept
+
+
+def _codes(ids: Iterable[Hashable]) -> Whole:
+    """Small whole numbers, the same for the same id."""
+    if isinstance(ids, torch.Tensor):
+        ids = ids.detach().cpu().numpy()
+    if isinstance(ids, np.ndarray):
+        if ids.ndim != 1 or ids.dtype.kind not in "iuUSO":
+            raise MisuseError(
+                "patients must be one-dimensional, and its ids whole numbers or texts."
+            )
+        ids = ids.tolist()
+    if isinstance(ids, str | bytes):
+        raise MisuseError("patients must hold one id for each record, not be a single text.")
+    known: dict[Hashable, int] = {}
+    try:
+        codes = [known.setdefault(_present(one), len(known)) for one in ids]
+    except TypeError:
+        raise MisuseError(
+            "patients must be a sequence of ids that can be compared, such as whole numbers or "
+            "texts."
+        ) from None
+    return np.asarray(codes, dtype=np.int64)
+
+
+def _present(one: Hashable) -> Hashable:
+    """An id; a tensor of one value counts by its value, and a missing one is refused."""
+    value = one.item() if isinstance(one, torch.Tensor) else one
+    if value is None or value != value or value == "":  # noqa: PLR0124 - NaN is not itself
+        raise MisuseError(
+            "patients has a record without an id; give each such record an id of its own, or leave "
+            "it out of the data set."
+        )
+    return value
