@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-slow test-all coverage lint type imports wheel test-wheel bench detectors clean
+.PHONY: help demo test test-slow soak test-all coverage lint type imports wheel test-wheel peers bench bench-utility conformance detectors clean
 help:  ## say what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ \t/' | expand -t 14
 
@@ -22,16 +22,19 @@ demo: $(READY)  ## the main job on four real hospitals; writes demo-output/repor
 	$(BIN)/sentinel demo --out demo-output
 
 test: $(READY)  ## the tests
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow and not soak'
 
-test-all: $(READY)  ## the tests and the slow ones
+soak: $(READY)  ## long runs: 10^10 draws, faults at every file operation, lost ranks, audits by canaries
+	$(BIN)/python -m pytest -m soak
+
+test-all: $(READY)  ## the tests, the slow ones and the long runs
 	$(BIN)/python -m pytest
 
 test-slow: $(READY)  ## the slow tests alone: the whole demo against its aims
 	$(BIN)/python -m pytest -m slow
 
 coverage: $(READY)  ## the tests, with the lines and branches that they do not reach
-	$(BIN)/python -m pytest -m 'not slow' --cov --cov-report=term
+	$(BIN)/python -m pytest -m 'not slow and not soak' --cov --cov-report=term
 
 lint: $(READY)  ## style
 	$(BIN)/ruff check .
@@ -53,14 +56,25 @@ test-wheel: wheel  ## the tests against the built wheel
 	$(PYTHON) -m venv --without-pip .venv-wheel
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(.venv-wheel/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth"
 	$(PIP) --python .venv-wheel/bin/python install --quiet --no-deps --force-reinstall dist/*.whl
-	SENTINEL_TEST_WHEEL="$$(ls dist/*.whl)" .venv-wheel/bin/python -P -m pytest -m 'not slow'
+	SENTINEL_TEST_WHEEL="$$(ls dist/*.whl)" .venv-wheel/bin/python -P -m pytest -m 'not slow and not soak'
 
-bench: $(READY)  ## a release beside Flower's and NVFLARE's own code
+peers:  ## an environment with Flower, NVFLARE and Opacus beside this project
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt torch==2.13.0
-	.venv-bench/bin/python -m pip --disable-pip-version-check install --quiet flwr==1.41.0 nvflare==2.9.0
+	.venv-bench/bin/python -m pip --disable-pip-version-check install --quiet flwr==1.41.0 nvflare==2.9.0 opacus==1.6.0 pytest
 	.venv-bench/bin/python -m pip --disable-pip-version-check install --quiet -e .
+
+bench: peers  ## releases beside Flower and NVFLARE, private training beside Opacus
 	.venv-bench/bin/python tests/benchmarks/release.py
+	.venv-bench/bin/python tests/benchmarks/dpsgd.py
+
+bench-utility: $(READY)  ## what a promise costs in AUC on two data sets, and what max_norm = "auto" does
+	$(BIN)/python tests/benchmarks/private_utility.py
+	$(BIN)/python tests/benchmarks/auto_bound.py
+
+conformance: peers  ## measure the odd inputs on every contestant and write docs/conformance.md
+	.venv-bench/bin/python tests/conformance/table.py
+	.venv-bench/bin/python -m pytest tests/conformance -m soak
 
 detectors: $(READY)  ## train the shipped detectors again
 	$(BIN)/sentinel detectors train --out detectors

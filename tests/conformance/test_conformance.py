@@ -54,7 +54,8 @@ def test_the_document_has_every_row_and_no_other() -> None:
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
+@pytest.mark.filterwarnings("default")  # an overflow that numpy warns of is not a crash of theirs
 @pytest.mark.parametrize("name", PEERS)
 def test_the_document_says_what_the_peers_do(name: str) -> None:
     """Words only: noise moves the numbers."""

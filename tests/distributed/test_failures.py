@@ -135,11 +135,11 @@ def test_where_the_leader_cannot_start_no_rank_does(ended: Ended) -> None:
 @pytest.mark.parametrize(
     ("when", "kind"),
     [
-        pytest.param("before the guard", "ddp", marks=pytest.mark.slow),
-        pytest.param("before entering", "ddp", marks=pytest.mark.slow),
-        pytest.param("while loading", "fsdp", marks=pytest.mark.slow),
-        pytest.param("before release", "ddp", marks=pytest.mark.slow),
-        pytest.param("gathering", "ddp", marks=pytest.mark.slow),
+        pytest.param("before the guard", "ddp", marks=pytest.mark.soak),
+        pytest.param("before entering", "ddp", marks=pytest.mark.soak),
+        pytest.param("while loading", "fsdp", marks=pytest.mark.soak),
+        pytest.param("before release", "ddp", marks=pytest.mark.soak),
+        pytest.param("gathering", "ddp", marks=pytest.mark.soak),
         ("gathering", "fsdp"),
         ("before taking the result", "fsdp"),
     ],
@@ -157,7 +157,7 @@ def test_where_a_follower_dies_the_leader_withholds(when: str, kind: str, tmp_pa
     assert released == (1 if when == "before taking the result" else 0)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_round_whose_follower_died_can_be_done_again(tmp_path: Path) -> None:
     """Nothing had been decided about its update: it was neither charged nor closed."""
     together(scenarios.a_rank_dies, tmp_path, when="gathering", rank=1, kind="ddp")
@@ -170,11 +170,11 @@ def test_a_round_whose_follower_died_can_be_done_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("when", "kind"),
     [
-        pytest.param("before the guard", "ddp", marks=pytest.mark.slow),
-        pytest.param("before entering", "ddp", marks=pytest.mark.slow),
-        pytest.param("while loading", "fsdp", marks=pytest.mark.slow),
-        pytest.param("before release", "ddp", marks=pytest.mark.slow),
-        pytest.param("gathering", "fsdp", marks=pytest.mark.slow),
+        pytest.param("before the guard", "ddp", marks=pytest.mark.soak),
+        pytest.param("before entering", "ddp", marks=pytest.mark.soak),
+        pytest.param("while loading", "fsdp", marks=pytest.mark.soak),
+        pytest.param("before release", "ddp", marks=pytest.mark.soak),
+        pytest.param("gathering", "fsdp", marks=pytest.mark.soak),
         ("before the result", "fsdp"),
     ],
 )
@@ -188,9 +188,9 @@ def test_where_the_leader_dies_the_others_withhold(when: str, kind: str, tmp_pat
 @pytest.mark.parametrize(
     ("rank", "kind"),
     [
-        pytest.param(0, "ddp", marks=pytest.mark.slow),
-        pytest.param(1, "ddp", marks=pytest.mark.slow),
-        pytest.param(0, "fsdp", marks=pytest.mark.slow),
+        pytest.param(0, "ddp", marks=pytest.mark.soak),
+        pytest.param(1, "ddp", marks=pytest.mark.soak),
+        pytest.param(0, "fsdp", marks=pytest.mark.soak),
         (1, "fsdp"),
     ],
 )
@@ -209,7 +209,7 @@ def test_a_rank_that_dies_in_training_releases_nothing(
         assert "round.aborted" in living["records"]
 
 
-@pytest.mark.parametrize("kind", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+@pytest.mark.parametrize("kind", [pytest.param("ddp", marks=pytest.mark.soak), "fsdp"])
 def test_a_release_whose_leader_died_is_given_to_all_ranks_by_the_next_job(
     kind: str, tmp_path: Path
 ) -> None:
@@ -227,7 +227,7 @@ def test_a_release_whose_leader_died_is_given_to_all_ranks_by_the_next_job(
 
 @pytest.mark.parametrize(
     "when",
-    [pytest.param(when, marks=pytest.mark.slow) for when in ("entering", "training")] + ["release"],
+    [pytest.param(when, marks=pytest.mark.soak) for when in ("entering", "training")] + ["release"],
 )
 def test_a_rank_that_hangs_counts_as_lost_after_the_timeout(when: str, tmp_path: Path) -> None:
     leader, late = together(scenarios.a_rank_hangs, tmp_path, when=when)

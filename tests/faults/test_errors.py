@@ -56,7 +56,7 @@ def test_some_file_operations_fail(error: int, new_site: Callable[[str], Site]) 
             fail(new_site(kind), error, place, FOR_EVER)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
@@ -64,14 +64,14 @@ def test_every_file_operation_fails_once(error: int, kind: str, new_site) -> Non
     fail_at_each(kind, new_site, error)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("kind", KINDS)
 def test_everything_fails_from_some_operation_on(kind: str, new_site) -> None:
     fail_at_each(kind, new_site, errno.ENOSPC, for_ever=True)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.usefixtures("traced")
 def test_every_read_fails_once(new_site: Callable[[str], Site]) -> None:
     fail_at_each("noisy", new_site, errno.EIO, reads=True)

@@ -52,7 +52,7 @@ def test_killed_before_some_file_operations(kind: str, new_site: Callable[[str],
     assert sum(killed) >= 4  # lives differ by an operation or two
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_before_every_file_operation(kind: str, new_site: Callable[[str], Site]) -> None:
@@ -62,7 +62,7 @@ def test_killed_before_every_file_operation(kind: str, new_site: Callable[[str],
     assert sum(killed) > 0.95 * total  # lives differ by an operation or two
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_again_while_it_recovers(kind: str, new_site: Callable[[str], Site]) -> None:
@@ -98,7 +98,7 @@ def test_two_processes_on_one_folder_killed_at_random_instants(new_site) -> None
     killed_at_random(new_site, 8, together=2)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("together", [1, 2, 3])
 def test_killed_at_two_hundred_random_instants(together: int, new_site) -> None:
     killed_at_random(new_site, 200, together)

@@ -91,7 +91,7 @@ def test_every_probability_is_within_the_stated_ratio_of_the_ideal_one() -> None
         assert mpmath.erfc((every.max() + 0.5) / mpmath.mpf(scale) / mpmath.sqrt(2)) <= MASS
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("scale", [1449.17, 2047.9])
 def test_the_ratio_holds_at_other_scales_as_well(scale: float) -> None:
     with mpmath.workdps(50):
@@ -195,7 +195,7 @@ def test_tails_reach_beyond_what_a_float32_uniform_allows() -> None:
         assert abs(seen - expected) < 5 * math.sqrt(expected)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_far_tails_have_their_rate() -> None:
     """10^10 draws: about 380 beyond 5.5 sigma are expected, and about 20 beyond 6."""
     near, far = tail_counts(10**10, [5.5, 6.0])

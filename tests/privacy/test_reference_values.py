@@ -138,7 +138,7 @@ def test_dp_accounting_conversions() -> None:
     assert compute_epsilon(orders, curve, 1e-6)[0] == pytest.approx(1.0, abs=5e-8)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_dp_accounting_pairs_of_mixtures_and_of_truncated_samples() -> None:
     """Mechanisms that we do not have yet, by the accountant that we call for ours."""
     mixtures = PLDAccountant()
