@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import count
@@ -65,37 +66,77 @@ def share_out(tasks: Sequence[Task], start: Callable[[], Callable[[Task], Result
             whatever buffers it keeps.
 
     Raises:
-        The error of the first task (in their order) that raised one; the others may be left undone.
+        The error of the first task (in their order) that raised one; the others may be left undone,
+        and none is still being done.
     """
-    helpers = min(_quiet.threads(), len(tasks))
+    threads = min(_quiet.threads(), len(tasks))
     with one_thread():
-        if helpers <= 1:
+        if threads <= 1 or _hands.within():
             return list(map(start(), tasks))
-        return _together(tasks, start, helpers)
+        return _together(tasks, start, threads)
 
 
 def _together(
-    tasks: Sequence[Task], start: Callable[[], Callable[[Task], Result]], helpers: int
+    tasks: Sequence[Task], start: Callable[[], Callable[[Task], Result]], threads: int
 ) -> list[Result]:
     results: dict[int, Result] = {}
     errors: dict[int, BaseException] = {}
     numbers = count()
 
     def work() -> None:
-        with torch.inference_mode(torch.is_inference_mode_enabled()), torch.no_grad():
-            do = start()
-            while not errors and (number := next(numbers)) < len(tasks):
-                try:
-                    results[number] = do(tasks[number])
-                except BaseException as error:  # noqa: BLE001 - raised again by the caller's thread
-                    errors[number] = error
+        do = start()
+        while not errors and (number := next(numbers)) < len(tasks):
+            try:
+                results[number] = do(tasks[number])
+            except BaseException as error:  # noqa: BLE001 - raised again by the caller's thread
+                errors[number] = error
 
-    with ThreadPoolExecutor(helpers) as crew:
-        for done in [crew.submit(work) for _ in range(helpers)]:
-            done.result()
+    shares = [_hands.submit(work, threads) for _ in range(threads)]
+    wait(shares)
     if errors:
         raise errors[min(errors)]
+    for share in shares:
+        share.result()
     return [results[number] for number in range(len(tasks))]
+
+
+class _Hands:
+    """Threads that stay for the next call, so that each keeps its part of the C library's memory.
+
+    A child after a fork has none of its parent's threads, and makes its own.
+    """
+
+    def __init__(self) -> None:
+        self._here = threading.local()
+        self._forget()
+        os.register_at_fork(after_in_child=self._forget)
+
+    def _forget(self) -> None:
+        self._lock = threading.Lock()
+        self._pool: ThreadPoolExecutor | None = None
+        self._size = 0
+
+    def within(self) -> bool:
+        """Whether the caller is one of them: waiting for the others could then take forever."""
+        return getattr(self._here, "working", False)
+
+    def submit(self, work: Callable[[], None], threads: int) -> Future[None]:
+        """Let one thread work, as the caller would but for gradients, which are not recorded."""
+        in_inference = torch.is_inference_mode_enabled()
+
+        def quietly() -> None:
+            self._here.working = True
+            with torch.inference_mode(in_inference), torch.no_grad():
+                work()
+
+        with self._lock:
+            if self._pool is None or self._size < threads:
+                self._pool = ThreadPoolExecutor(threads, thread_name_prefix="sentinel")
+                self._size = threads
+            return self._pool.submit(quietly)
+
+
+_hands = _Hands()
 
 
 def few_threads(state: Mapping[str, torch.Tensor]) -> AbstractContextManager[None]:

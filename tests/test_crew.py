@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import select
 import threading
+import time
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-from sentinel.crew import few_threads, one_thread
+from sentinel.crew import BLOCK, blocks, few_threads, one_thread, share_out
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 @pytest.fixture(autouse=True)
@@ -62,3 +69,85 @@ def test_a_large_model_keeps_its_threads() -> None:
         assert torch.get_num_threads() == 3
     with few_threads({"w": torch.zeros(4)}):
         assert torch.get_num_threads() == 1
+
+
+def test_results_come_in_the_order_of_the_tasks_from_several_threads() -> None:
+    seen: set[str] = set()
+    gate = threading.Barrier(3, timeout=30)
+
+    def start() -> Callable[[int], int]:
+        gate.wait()  # every thread is there, or none begins
+
+        def square(number: int) -> int:
+            seen.add(threading.current_thread().name)
+            return number**2
+
+        return square
+
+    assert share_out(range(100), start) == [number**2 for number in range(100)]
+    assert threading.current_thread().name not in seen
+
+
+def test_the_first_error_is_raised_and_nothing_works_on_afterwards() -> None:
+    running: list[int] = []
+
+    def fail(number: int) -> None:
+        running.append(number)
+        time.sleep(0.05)
+        running.remove(number)
+        raise ValueError(number)
+
+    with pytest.raises(ValueError, match="0"):
+        share_out(range(3), lambda: fail)
+    assert not running
+
+
+def test_an_error_at_the_start_of_a_thread_is_raised() -> None:
+    def start() -> Callable[[int], int]:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        share_out(range(3), start)
+
+
+def test_work_within_work_does_not_wait_for_itself() -> None:
+    def outer(number: int) -> list[int]:
+        return share_out(range(number), lambda: lambda inner: inner + 1)
+
+    assert share_out([2, 3, 4, 5, 6, 7], lambda: outer)[-1] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_forked_child_has_threads_of_its_own() -> None:
+    share_out(range(5), lambda: lambda number: number)
+    receive, send = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(send, bytes(share_out(range(5), lambda: lambda number: number)))
+        os._exit(0)
+    os.close(send)
+    ready, _, _ = select.select([receive], [], [], 30)
+    assert ready
+    assert os.read(receive, 5) == bytes(range(5))
+    os.waitpid(child, 0)
+    os.close(receive)
+
+
+def test_inference_mode_goes_along_and_gradients_are_not_recorded() -> None:
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            told = share_out(
+                range(3),
+                lambda: lambda _: (torch.is_inference_mode_enabled(), torch.is_grad_enabled()),
+            )
+        assert told == [(inference, False)] * 3
+
+
+def test_blocks_cover_every_value_once_and_hold_no_more_than_their_room() -> None:
+    sizes = {"a": 3, "none": 0, "large": 2 * BLOCK + 5, "b": BLOCK - 8, "c": 7}
+    tensors = {name: torch.empty(size) for name, size in sizes.items()}
+    cut = blocks(tensors)
+    assert all(sum(span.stop - span.start for span in block) <= BLOCK for block in cut)
+    for name, size in sizes.items():
+        places = [at for block in cut for s in block if s.name == name for at in (s.start, s.stop)]
+        assert places == sorted(places)
+        assert sum(s.stop - s.start for block in cut for s in block if s.name == name) == size

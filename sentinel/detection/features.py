@@ -133,7 +133,7 @@ def update_features(deltas: Mapping[str, Tensor], generator: torch.Generator) ->
 def _projection(delta: Tensor, generator: torch.Generator) -> Tensor | None:
     """Random directions for the rows of a matrix, where it has more columns than those."""
     columns = delta[:1].numel() if delta.ndim > 1 else 0
-    if columns <= SKETCH or not _largest(delta.detach()):
+    if columns <= SKETCH or _is_zero(delta.detach()):
         return None
     return torch.randn(columns, SKETCH, generator=generator) / math.sqrt(SKETCH)
 
@@ -158,7 +158,7 @@ def _measure(
             return None
         values = values / largest
         bias = None if bias is None else wide(bias) / largest
-    if bias is not None and not _largest(values):
+    if bias is not None and _is_zero(values):
         values, bias = wide(bias), None
     energy = size**2
     if values.ndim < 2:  # noqa: PLR2004  # a vector
@@ -180,6 +180,11 @@ def _size(names: tuple[str, ...], values: Tensor, bias: Tensor | None) -> float:
                 "training step for divergence.",
             )
     return math.hypot(*norms)
+
+
+def _is_zero(values: Tensor) -> bool:
+    """Whether all values are 0; the quick look comes first."""
+    return not float(torch.linalg.vector_norm(values)) and not _largest(values)
 
 
 def _largest(values: Tensor) -> float:

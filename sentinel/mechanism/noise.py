@@ -33,8 +33,14 @@ def add_noise_(tensor: torch.Tensor, std: float, step: float, entropy: Entropy) 
         Those of `Workspace`; the sum is rounded once to the dtype of the tensor. `std` 0 leaves the
         tensor as it is. The draws are as far from ideal ones as `slack` says.
     """
-    if std > 0.0:
-        treat_all_({"": tensor}, {"": Recipe(std=std, step=step)}, entropy)
+    if std <= 0.0:
+        return
+    flat = tensor.view(-1)
+
+    def write(_: str, start: int, values: torch.Tensor) -> None:
+        flat[start : start + values.numel()].copy_(values)
+
+    treat_each({"": tensor}, {"": Recipe(std=std, step=step)}, entropy, write)
 
 
 def treat_all_(
