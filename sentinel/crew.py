@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, TypeVar
@@ -82,17 +82,23 @@ def _together(
     results: dict[int, Result] = {}
     errors: dict[int, BaseException] = {}
     numbers = count()
+    stop = threading.Event()
 
     def work() -> None:
         do = start()
-        while not errors and (number := next(numbers)) < len(tasks):
+        while not (errors or stop.is_set()) and (number := next(numbers)) < len(tasks):
             try:
                 results[number] = do(tasks[number])
             except BaseException as error:  # noqa: BLE001 - raised again by the caller's thread
                 errors[number] = error
 
     shares = [_hands.submit(work, threads) for _ in range(threads)]
-    wait(shares)
+    try:
+        wait(shares)
+    except BaseException:  # an interrupt: nothing goes on behind the caller's back
+        stop.set()
+        wait(shares)
+        raise
     if errors:
         raise errors[min(errors)]
     for share in shares:
@@ -123,10 +129,15 @@ class _Hands:
     def submit(self, work: Callable[[], None], threads: int) -> Future[None]:
         """Let one thread work, as the caller would but for gradients, which are not recorded."""
         in_inference = torch.is_inference_mode_enabled()
+        streams = _cuda_streams()
 
         def quietly() -> None:
             self._here.working = True
-            with torch.inference_mode(in_inference), torch.no_grad():
+            with contextlib.ExitStack() as stack:
+                for stream in streams:
+                    stack.enter_context(torch.cuda.stream(stream))
+                stack.enter_context(torch.inference_mode(in_inference))
+                stack.enter_context(torch.no_grad())
                 work()
 
         with self._lock:
@@ -136,16 +147,23 @@ class _Hands:
             return self._pool.submit(quietly)
 
 
+def _cuda_streams() -> list[torch.cuda.Stream]:
+    """The caller's stream of each GPU: what it has queued there comes before what a thread does."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return []
+    return [torch.cuda.current_stream(at) for at in range(torch.cuda.device_count())]
+
+
 _hands = _Hands()
 
 
 def few_threads(state: Mapping[str, torch.Tensor]) -> AbstractContextManager[None]:
     """One thread for work on a small model; as many as torch likes for a large one."""
     small = sum(value.numel() for value in state.values()) < SMALL
-    return one_thread() if small else nullcontext()
+    return one_thread() if small else contextlib.nullcontext()
 
 
-@contextmanager
+@contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     """Keep torch to one thread in each of our threads, for a while.
 
@@ -170,6 +188,14 @@ class _Quiet:
         self._lock = threading.Lock()
         self._inside = 0
         self._before = 1
+        os.register_at_fork(after_in_child=self._forget)
+
+    def _forget(self) -> None:
+        """A child has none of the threads that were inside."""
+        self._lock = threading.Lock()
+        if self._inside:
+            self._inside = 0
+            torch.set_num_threads(self._before)
 
     def threads(self) -> int:
         """How many threads torch was given."""

@@ -187,7 +187,8 @@ class Assembly:
     def _finished(self, name: str, base: torch.Tensor) -> torch.Tensor:
         out = self._out[name].view(base.shape).to(base.device)
         if name.rpartition(".")[2] == _VARIANCE and self._kind == "weights":
-            out.clamp_(min=torch.finfo(out.dtype).tiny)
+            positive = out.clamp(min=torch.finfo(out.dtype).tiny)
+            return torch.where(base > 0, positive, out)  # toward the global value, never past it
         return out
 
 

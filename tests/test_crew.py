@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -151,3 +152,33 @@ def test_blocks_cover_every_value_once_and_hold_no_more_than_their_room() -> Non
         places = [at for block in cut for s in block if s.name == name for at in (s.start, s.stop)]
         assert places == sorted(places)
         assert sum(s.stop - s.start for block in cut for s in block if s.name == name) == size
+
+
+def test_an_interrupt_is_raised_once_nothing_works_any_more() -> None:
+    done: list[int] = []
+
+    def slowly(number: int) -> None:
+        time.sleep(0.05)
+        done.append(number)
+
+    timer = threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        share_out(range(1000), lambda: slowly)
+    finished = len(done)
+    time.sleep(0.2)
+    assert len(done) == finished < 1000
+    assert torch.get_num_threads() == 3
+
+
+def test_a_child_forked_amid_a_release_has_all_its_threads() -> None:
+    receive, send = os.pipe()
+    with one_thread():
+        child = os.fork()
+        if child == 0:
+            os.write(send, bytes([torch.get_num_threads()]))
+            os._exit(0)
+        os.waitpid(child, 0)
+    assert os.read(receive, 1) == bytes([3])
+    os.close(receive)
+    os.close(send)

@@ -302,3 +302,21 @@ def test_cuda_tensors_stay_where_they_are() -> None:
     base = {"w": torch.zeros(3, device="cuda")}
     update = update_of(base, {"w": torch.ones(3, device="cuda")})
     assert given_back(update, ["w"])["w"].is_cuda
+
+
+@pytest.mark.parametrize("kind", ["weights", "delta"])
+def test_a_running_variance_that_is_not_positive_is_not_moved_by_more_than_its_delta(
+    kind: str,
+) -> None:
+    """The server chose it; setting it right would show as a difference that no delta explains."""
+    base = {"bn.running_var": torch.tensor([-5.0, 0.0, 2.0])}
+    local = {"bn.running_var": torch.tensor([-5.0, 0.5, -9.0])}
+    update = update_of(base, local, statistics_as_parameters=True)
+    out = given_back(update, ["bn.running_var"], kind=kind)["bn.running_var"]
+    moved = out - base["bn.running_var"] if kind == "weights" else out
+    assert (
+        moved.abs()
+        <= update_of(base, local, statistics_as_parameters=True).deltas["bn.running_var"].abs()
+    ).all()
+    if kind == "weights":
+        assert out[2] > 0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-_FINEST = 2.0**-10  # of the standard deviation: as fine as the tables of the noise ask for
+# Of the standard deviation: between them lie the tables of the noise.
+_COARSEST, _FINEST = 2.0**-10, 2.0**-45
 
 
 def grid_step(max_norm: float, coordinates: int, std: float = math.inf) -> float:
@@ -16,14 +17,18 @@ def grid_step(max_norm: float, coordinates: int, std: float = math.inf) -> float
         std: standard deviation of the noise that will be added, greater than 0.
 
     Returns:
-        The largest power of two g with g * sqrt(D) / 2 <= 2^-12 * C and g <= 2^-10 * std. Rounding
-        every coordinate to a multiple of g moves the vector by at most g * sqrt(D) / 2.
+        The largest power of two g with g * sqrt(D) / 2 <= 2^-12 * C and g <= 2^-10 * std, but not
+        below 2^-46 * std (where the noise is a million bounds, a coarser grid is fine enough).
+        Rounding every coordinate to a multiple of g moves the vector by at most g * sqrt(D) / 2,
+        which `rounding_reach` gives and whoever clips takes off the bound.
 
     Why: on multiples of g, the sum of a value and of noise that was itself rounded to g is what
     rounding (value + ideal noise) gives, so the release is post-processing of the Gaussian
     mechanism, and where the result lies says nothing about the value (Mironov 2012).
     """
-    largest = min(max_norm * 2.0**-11 / math.sqrt(max(coordinates, 1)), std * _FINEST)
+    largest = min(max_norm * 2.0**-11 / math.sqrt(max(coordinates, 1)), std * _COARSEST)
+    if math.isfinite(std):
+        largest = max(largest, std * _FINEST)
     return 2.0 ** math.floor(math.log2(largest))
 
 

@@ -25,7 +25,7 @@ def add_noise_(tensor: torch.Tensor, std: float, step: float, entropy: Entropy) 
     Args:
         tensor: contiguous, floating, any shape.
         std: standard deviation of the noise per coordinate, in the units of the tensor; 2^10 to
-            2^49 steps, or 0.
+            2^46 steps, or 0.
         step: the grid, a power of two; the norm bound must allow for the rounding.
         entropy: where the randomness comes from.
 
@@ -91,7 +91,7 @@ def treat_each(
         def treat(task: tuple[list[Span], Entropy]) -> list[tuple[str, Taken]]:
             spans, source = task
             for workspace in workspaces.values():
-                workspace.begin(source)
+                workspace.begin(source, sum(span.stop - span.start for span in spans))
             done = []
             for span in spans:
                 at = span.start

@@ -14,7 +14,11 @@ from sentinel.mechanism.entropy import random_words
 from sentinel.mechanism.rounded_normal import BIAS, Drawer, RoundedNormal
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from sentinel.mechanism.entropy import Entropy
+
+    Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +62,12 @@ class Workspace:
         self._wide = torch.empty(CHUNK, dtype=torch.float64, device=device)
         self._drawer = Drawer(CHUNK)
 
-    def begin(self, entropy: Entropy) -> None:
-        """Draw from `entropy` from here on, and nothing that was drawn ahead from another."""
+    def begin(self, entropy: Entropy, values: int) -> None:
+        """Draw from `entropy` for the next so many values, and nothing drawn from another."""
         self._entropy = entropy
         self._drawer.begin(entropy)
+        self._expected = values
+        self._drawn: tuple[RoundedNormal | None, Floats] = (None, np.empty(0))
 
     def treat(self, chunk: torch.Tensor, recipe: Recipe) -> torch.Tensor:
         """What the recipe makes of `chunk` (values,): float64 (values,), valid until the next call.
@@ -73,17 +79,22 @@ class Workspace:
             wide.clamp_(-recipe.max_abs, recipe.max_abs)
         if recipe.std > 0.0:
             wide.mul_(recipe.factor / recipe.step).round_()
-            wide.add_(self._drawn(recipe, wide)).sub_(BIAS).mul_(recipe.step)
+            wide.add_(self._noise(recipe, wide)).sub_(BIAS).mul_(recipe.step)
         elif recipe.factor < 1.0:
             wide.mul_(recipe.factor)
         if recipe.keep < 1.0:
             wide.mul_(self._kept(recipe.keep, wide)).mul_(1.0 / recipe.keep)
+        self._expected -= chunk.numel()
         return wide
 
-    def _drawn(self, recipe: Recipe, like: torch.Tensor) -> torch.Tensor:
-        """BIAS + noise in whole steps, float64 (values,)."""
-        tables = RoundedNormal.of(recipe.std / recipe.step)
-        return torch.from_numpy(self._drawer.draw(tables, like.numel())).to(like.device)
+    def _noise(self, recipe: Recipe, like: torch.Tensor) -> torch.Tensor:
+        """BIAS + noise in whole steps, float64 (values,); small tensors share what is drawn."""
+        tables, count = RoundedNormal.of(recipe.std / recipe.step), like.numel()
+        drawn_for, drawn = self._drawn
+        if drawn_for is not tables or drawn.size < count:
+            drawn = self._drawer.draw(tables, min(CHUNK, max(count, self._expected)))
+        self._drawn = (tables, drawn[count:])
+        return torch.from_numpy(drawn[:count]).to(like.device)
 
     def _kept(self, share: float, like: torch.Tensor) -> torch.Tensor:
         """A mask of random bits alone: bool (values,)."""

@@ -58,7 +58,7 @@ def prepare(update: Update, plan: Plan, *, base_std: float) -> Prepared:
     treatments = {name: _strictest(plan, name, update.aliases) for name in update.deltas}
     bounds = [_resolve(bound, update.aliases) for bound in plan.bounds]
     recipes = _gridded(update, treatments, bounds, base_std)
-    factors = _factors(_limited(update, recipes), bounds, _reach(update, recipes))
+    factors = _factors(update, recipes, bounds)
     leaving = {
         name: replace(recipes[name], factor=factors[name])
         for name, treatment in treatments.items()
@@ -88,26 +88,16 @@ def _gridded(
     bounds: Iterable[NormBound],
     base_std: float,
 ) -> dict[str, Recipe]:
-    """Recipes without their factors; each grid is as fine as its noise and the least bound ask."""
+    """Recipes without their factors; each grid is as fine as its noise and its own bounds ask."""
     coordinates = sum(delta.numel() for delta in update.deltas.values())
-    least = min((bound.max_norm for bound in bounds), default=math.inf)
     recipes = {}
     for name, treatment in treatments.items():
+        least = min((bound.max_norm for bound in bounds if name in bound.names), default=math.inf)
         std = _missing_std(treatment, base_std)
         step = grid_step(least, coordinates, std) if std > 0.0 else 0.0
         limit = max(0.0, treatment.max_abs - step / 2)
         recipes[name] = Recipe(limit, 1.0, std, step, treatment.keep)
     return recipes
-
-
-def _reach(update: Update, recipes: Mapping[str, Recipe]) -> float:
-    """How far rounding to the grids can move the update, in L2."""
-    return math.hypot(
-        *(
-            rounding_reach(recipe.step, update.deltas[name].numel())
-            for name, recipe in recipes.items()
-        )
-    )
 
 
 def _limited(update: Update, recipes: Mapping[str, Recipe]) -> dict[str, float]:
@@ -150,13 +140,23 @@ def _resolve(bound: NormBound, aliases: Mapping[str, str]) -> NormBound:
 
 
 def _factors(
-    squares: Mapping[str, float], bounds: Iterable[NormBound], reach: float
+    update: Update, recipes: Mapping[str, Recipe], bounds: Iterable[NormBound]
 ) -> dict[str, float]:
     """For each tensor the smallest factor of all bounds that it is under."""
+    squares = _limited(update, recipes)
     factors = dict.fromkeys(squares, 1.0)
     for bound in bounds:
         members = [name for name in bound.names if name in squares]
+        reach = _reach(update, {name: recipes[name] for name in members})
         factor = clip_factor([squares[name] for name in members], bound.max_norm - reach)
         for name in members:
             factors[name] = min(factors[name], factor)
     return factors
+
+
+def _reach(update: Update, recipes: Mapping[str, Recipe]) -> float:
+    """How far rounding to the grids can move these tensors together, in L2."""
+    reaches = (
+        rounding_reach(recipe.step, update.deltas[name].numel()) for name, recipe in recipes.items()
+    )
+    return math.hypot(*reaches)

@@ -73,9 +73,9 @@ def sampled_curve(step: Sampled) -> np.ndarray:
         g < 1 swap the two. Renyi divergences are integrals of such differences.
 
         The integral of P^a Q^(1 - a) is taken by the trapezoid rule in steps h, x counted in
-        standard deviations. Shifted by i y into the complex plane, with |y| <= 4 and
-        |y| <= 4 s / sqrt(a), the integrand grows by at most e^10, so the rule's error is below
-        e^(10 - 2 pi |y| / h) < e^-38 of the integral. Its logarithm rises at most by
+        standard deviations. Shifted by i y into the complex plane, with |y| <= 4, 4 s / sqrt(a) and
+        3 s (P and Q vanish at pi s, not before), the integrand grows by at most e^12, so the rule's
+        error is below e^(12 - 2 pi |y| / h) < e^-25 of the integral. Its logarithm rises at most by
         2 a / s - x, so what lies beyond 2 a / s + 12 is below e^-70 of it; what lies below
         -12 - 1 / s is at most Q there. A generous bound on rounding is added. (dp-accounting 0.6
         sums a series at fractional orders that errs upwards or does not converge: by a

@@ -149,3 +149,28 @@ def test_an_all_zero_update_still_gets_noise(fixed_entropy) -> None:
     squares = {"a": 0.0, "none": 0.0}
     GaussianMechanism(1.0, 1.0).apply_(deltas, squares, fixed_entropy(5))
     assert deltas["a"].std().item() == pytest.approx(1.0, rel=0.1)
+
+
+def test_a_tight_bound_on_one_tensor_leaves_the_grid_of_the_others_alone(fixed_entropy) -> None:
+    """Enormous noise beside a tiny bound is still drawn: the grid is as coarse as it must be."""
+    deltas = {"a": torch.full((100,), 5.0), "head": torch.full((100,), 5.0)}
+    plan = plan_of(
+        {"a": Treatment(noise_std=1e7), "head": Treatment(noise_std=1e7)},
+        NormBound(frozenset({"a", "head"}), 100.0),
+        NormBound(frozenset({"head"}), 1e-3),
+    )
+    done = run(deltas, plan, fixed_entropy(0))
+    assert done.recipes["head"].step < done.recipes["a"].step
+    assert done.recipes["head"].factor * 50.0 <= 1e-3
+    assert deltas["head"].std().item() == pytest.approx(1e7, rel=0.3)
+
+
+def test_many_small_tensors_share_draws_and_none_is_used_twice(fixed_entropy) -> None:
+    deltas = {str(place): torch.zeros(37, dtype=torch.float64) for place in range(300)}
+    treatments = {name: Treatment(noise_std=1.0 + (int(name) % 2)) for name in deltas}
+    run(deltas, plan_of(treatments, NormBound(frozenset(deltas), 1.0)), fixed_entropy(1))
+    everything = torch.cat(list(deltas.values()))
+    assert everything.unique().numel() > 0.99 * everything.numel()
+    for odd, std in ((0, 1.0), (1, 2.0)):
+        drawn = torch.cat([value for name, value in deltas.items() if int(name) % 2 == odd])
+        assert drawn.std().item() == pytest.approx(std, rel=0.05)
