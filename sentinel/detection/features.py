@@ -8,7 +8,7 @@ weight update is its bias update times the record.
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import torch
@@ -72,7 +72,7 @@ class TensorFeatures:
 
     def vector(self) -> list[float]:
         """Return the features in the order of `FEATURES`."""
-        return [float(value) for value in astuple(self)]
+        return [float(getattr(self, name)) for name in FEATURES]
 
 
 FEATURES: tuple[str, ...] = tuple(field.name for field in fields(TensorFeatures))

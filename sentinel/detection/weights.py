@@ -7,7 +7,7 @@ rows, a common factor on all layers, small jitter. Large matrices are read throu
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import torch
@@ -84,7 +84,7 @@ class LayerStatistics:
 
     def vector(self) -> list[float]:
         """Return the statistics in the order of `STATISTICS`, for the anomaly detector."""
-        return [float(value) for value in astuple(self)]
+        return [float(getattr(self, name)) for name in STATISTICS]
 
 
 STATISTICS: tuple[str, ...] = tuple(field.name for field in fields(LayerStatistics))
