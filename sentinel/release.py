@@ -38,7 +38,7 @@ from sentinel.gate import gate, require_open, require_sound
 from sentinel.house import event_of, promise_of
 from sentinel.mechanism import GaussianMechanism, Prepared, prepare, transform
 from sentinel.policy import decide, let_out
-from sentinel.privacy import Charge, Head
+from sentinel.privacy import Charge, DpSgdEvent, Head, UnboundedEvent
 from sentinel.releases import Ending, Fate
 from sentinel.terms import GENESIS, Action, Evidence, Plan, Reason, Sharpness, Unit
 from sentinel.update import Kind, State, Update, model_digest
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
     from sentinel.detection import SensitivityScore
     from sentinel.house import House
-    from sentinel.privacy import DpSgdEvent, Event
+    from sentinel.privacy import Event
     from sentinel.releases import RoundKey
 
 # Decided on the update: a retry would be a second answer about the same patients.
@@ -140,8 +140,9 @@ class Outgoing:
 
 @dataclass(frozen=True, slots=True)
 class Decided:
-    """What steps 4 to 6 came to."""
+    """What steps 4 to 6 came to, and the event that step 3 charged."""
 
+    event: Event
     evidence: Evidence
     score: SensitivityScore
     plan: Plan
@@ -228,7 +229,7 @@ def _settled(house: House, opened: PublicRound, outgoing: Outgoing, kind: Kind) 
     plan = decide(house.rules, evidence)  # 5
     _require_release(house, evidence, plan)
     state, done = _transform(house, outgoing, plan, kind)  # 6
-    decided = Decided(evidence, score, plan, done)
+    decided = Decided(outgoing.event, evidence, score, plan, done)
     _record(house, opened, decided, state, kind)  # 7
     aliases = outgoing.update.aliases
     learn(house, opened.key, evidence, opened.base, state, deltas=kind == "delta", aliases=aliases)
@@ -365,6 +366,7 @@ def _record(house: House, opened: PublicRound, decided: Decided, state: State, k
         withheld=len(opened.base) - len(done.released),
         coordinates=log2_bucket(sum(evidence.coordinates[name] for name in done.released)),
         clipped=None if promised else done.clipped,
+        **_promised_to(decided.event),
     )
     digest = model_digest(state)
     house.releases.store(opened.key, state)
@@ -374,6 +376,13 @@ def _record(house: House, opened: PublicRound, decided: Decided, state: State, k
     house.write(UpdateReleased, round=opened.key.digest, released=digest)
     if house.rules.limits.keep_releases is not None:
         house.releases.keep_newest(house.rules.limits.keep_releases)
+
+
+def _promised_to(event: Event) -> dict[str, object]:
+    """Whom the release is promised to, and how many private steps are behind it: public."""
+    if isinstance(event, UnboundedEvent):
+        return {}
+    return {"unit": event.unit, "steps": event.steps if isinstance(event, DpSgdEvent) else None}
 
 
 def _again(house: House, opened: OpenRound, ending: Ending, kind: Kind) -> Released:

@@ -5,18 +5,31 @@ seconds, a random id that the guard made, or a digest of something public (polic
 build, global model, released bytes, ledger). There is no free text, no float, no tensor name, no
 path and no exception text. A field that depends on the raw update is marked `FromData`; under a
 promise such fields are absent (None), so that a record holds no bit of the raw update.
+
+Records have no version number. A line is good only if its record would be written again byte for
+byte, so a field that a type got after its first lines were written (`LATER`) is left out of a line
+where it says nothing: lines from before it read, and verify, as they were.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    TypeAdapter,
+    model_serializer,
+    model_validator,
+)
 
-from sentinel.terms import Reason, Sharpness, Verdict, Weakness
+from sentinel.terms import Reason, Sharpness, Unit, Verdict, Weakness
 
 SCORE_STEPS = 20  # scores are logged in twentieths
+LEVEL: Literal["L0"] = "L0"  # in the training process; other levels come with the agent
 
 
 class FromData:
@@ -30,6 +43,7 @@ RandomId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Score = Annotated[int, Field(ge=0, le=SCORE_STEPS)]
 Index = Annotated[int, Field(ge=0, le=2**16)]
 Log2 = Annotated[int, Field(ge=0, le=63)]
+Steps = Annotated[int, Field(ge=1, le=10**9)]  # as in the ledger's events
 
 
 class Record(BaseModel):
@@ -38,7 +52,8 @@ class Record(BaseModel):
     Attributes:
         at: seconds since 1970.
         process: random id of the guard that wrote it.
-        level: L0, in the training process. Other levels come with the agent.
+        level: how far it can be trusted; under L0, what a record says of training per patient or
+            record is the training process's claim.
         ledger_seq: the ledger's head when the record was written.
         data_bits: upper bound on the bits of the raw update in this record: the sum of log2 of
             the ranges of its `FromData` fields.
@@ -48,7 +63,7 @@ class Record(BaseModel):
 
     at: Seconds
     process: RandomId
-    level: Literal["L0"] = "L0"
+    level: Literal["L0"] = LEVEL
     ledger_seq: Seq
     ledger_head: Digest
 
@@ -61,7 +76,14 @@ class Record(BaseModel):
                 held += 0.0 if getattr(self, name) is None else math.log2(self.RANGES[name])
         return math.ceil(held)
 
+    @model_serializer(mode="wrap")
+    def _as_first_written(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = whole(self)
+        unsaid = {name for name in self.LATER if getattr(self, name) is None}
+        return {name: value for name, value in written.items() if name not in unsaid}
+
     RANGES: ClassVar[dict[str, int]] = {}
+    LATER: ClassVar[frozenset[str]] = frozenset()
 
 
 class GuardStarted(Record):
@@ -111,6 +133,12 @@ class UpdateDecided(Record):
     Under a promise everything here follows from the noised update; without one the score depends on
     the raw update. The rules that apply grow with the score, so of n rules at most n + 1 sets can
     be told apart; what is released, withheld and counted follows from the set.
+
+    Attributes:
+        unit: whom the promise is for; None without one, and in records from before it was told.
+        steps: private training steps behind the update; None but for unit patient and record. What
+            a step cost, its noise multiplier among it, is in the ledger: the row of this round, at
+            or before `ledger_seq`.
     """
 
     type: Literal["update.decided"] = "update.decided"
@@ -125,8 +153,19 @@ class UpdateDecided(Record):
     withheld: Index
     coordinates: Log2
     clipped: Annotated[bool | None, FromData()] = None  # None under a promise
+    unit: Unit | None = None
+    steps: Steps | None = None
 
     RANGES: ClassVar[dict[str, int]] = {"sensitivity": SCORE_STEPS + 1, "rules": 257, "clipped": 2}
+    LATER: ClassVar[frozenset[str]] = frozenset({"unit", "steps"})
+
+    @model_validator(mode="after")
+    def _steps_belong_to_a_promise(self) -> Self:
+        if self.unit is not None and not self.promised:
+            raise ValueError("unit: only under a promise")
+        if (self.steps is not None) != (self.unit in (Unit.PATIENT, Unit.RECORD)):
+            raise ValueError("steps: with unit patient or record, and only then")
+        return self
 
     @property
     def data_bits(self) -> int:

@@ -105,7 +105,8 @@ def _line(entry: Entry) -> str:
     fields = entry.record.model_dump(mode="json")
     at = dt.datetime.fromtimestamp(fields["at"], dt.UTC).isoformat(timespec="seconds")
     said = [f"{name}={_short(value)}" for name, value in fields.items() if name not in _EVERYWHERE]
-    return " ".join(itertools.chain([f"{entry.seq:6d}", at, f"{fields['type']:16}"], said))
+    start = [f"{entry.seq:6d}", at, fields["level"], f"{fields['type']:16}"]
+    return " ".join(itertools.chain(start, said))
 
 
 def _short(value: object) -> str:

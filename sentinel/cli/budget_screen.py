@@ -25,14 +25,19 @@ def print_account(report: dict[str, Any], *, named: bool) -> None:
     )
     promise = report["promise"]
     if promise is None:
+        for name, entry in report["datasets"].items():
+            _print_spent(name, entry)
         screen.print(Text(_NO_PROMISE if named else _NO_POLICY))
         return
     _print_promise(promise)
     if not promise["curve"]:
         return
     screen.print(_curve(promise))
+    screen.print(Text(f"By policy, each as if there were no others ({_asked(promise)}):"))
     screen.print(_policies(promise))
     if promise["by_round"]:
+        quick = f"{_asked(promise)}, {promise['curve_accountant']}"
+        screen.print(Text(f"By round, the total after each ({quick}):"))
         screen.print(_rounds(promise))
 
 
@@ -43,6 +48,8 @@ def print_forecast(report: dict[str, Any]) -> None:
     if promise is None:
         screen.print(Text(_NO_PROMISE))
         return
+    if not forecast["ledger_found"]:
+        screen.print(Text(_NO_LEDGER))
     _print_promise(promise)
     screen.print(f"One round: {_event(forecast['event'])}.")
     left, more = forecast["rounds_left"], forecast["or_more"]
@@ -59,7 +66,10 @@ def print_forecast(report: dict[str, Any]) -> None:
         screen.print(f"Noise multiplier {needed:g} pays for {asked:,} more rounds.")
 
 
-_NO_POLICY = "No promise to compare with: name a policy that has one with --policy."
+_NO_POLICY = "For what is left of a promise, name a policy that has one: --policy FILE."
+_NO_LEDGER = (
+    "There is no ledger yet in this state folder, and no log: nothing counts as charged so far."
+)
 _NO_PROMISE = (
     "This policy promises nothing formal (it has no [privacy] table): there is no budget to spend, "
     "and none to forecast."
@@ -99,12 +109,29 @@ def _print_promise(promise: dict[str, Any]) -> None:
         )
 
 
+def _print_spent(name: str, entry: dict[str, Any]) -> None:
+    """What a dataset's charges add up to, where nobody named a promise."""
+    screen = console()
+    for told in entry["spent"]:
+        rest = "; void, something else was released outside it" if told["void"] else ""
+        screen.print(
+            Text(
+                f"Spent on {name}: epsilon {told['epsilon_spent']:.4g} ({_terms(told)}){rest}.",
+            )
+        )
+    if not entry["spent"]:
+        screen.print(Text(f"Spent on {name}: nothing was promised to anybody, so no epsilon."))
+
+
 def _terms(told: dict[str, Any]) -> str:
     """All that has to stand beside an epsilon."""
-    return (
-        f"delta {told['delta']:g}, unit {told['unit']}, adjacency {told['adjacency']}, "
-        f"{told['accountant']}"
-    )
+    return f"{_asked(told)}, {told['accountant']}"
+
+
+def _asked(told: dict[str, Any]) -> str:
+    """The same, but for the accountant."""
+    claimed = f", {told['assurance']} (level {told['level']})" if told["assurance"] else ""
+    return f"delta {told['delta']:g}, unit {told['unit']}, adjacency {told['adjacency']}{claimed}"
 
 
 def _datasets(found: dict[str, Any]) -> Table:
@@ -121,7 +148,7 @@ def _policies(promise: dict[str, Any]) -> Table:
         table.add_row(
             name[:_KEY],
             str(entry["charges"]),
-            f"{entry['epsilon_alone']:.4g}",
+            "void" if entry["void"] else f"{entry['epsilon_alone']:.4g}",
             Text(entry["accountant"]),
         )
     return table
@@ -139,7 +166,7 @@ def _rounds(promise: dict[str, Any]) -> Table:
             _kind(event),
             f"{event['noise_multiplier']:g}" if "noise_multiplier" in event else "",
             f"{event['steps']:,}" if "steps" in event else "",
-            f"{epsilon:.4g}",
+            f"{epsilon:.4g}{', void' if entry['void'] else ''}",
             _bar(epsilon / promise["epsilon"], _NARROW),
         )
     return table

@@ -20,7 +20,7 @@ from sentinel.cli.console import REFUSED, AsJson, SentinelGroup, print_json
 from sentinel.errors import MisuseError, PolicyError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
 
     from sentinel.policy import Policy
     from sentinel.policy.explain import Explanation, Group
@@ -294,11 +294,12 @@ def _auto_norms(policy: Policy, given: list[str]) -> dict[str, float]:
 
 
 def _findings(loaded: LoadedPolicy, path: Path, manifest: Manifest | None) -> list[Report]:
+    from sentinel.cli.policy_budget import affordable
     from sentinel.policy.checks import check as checked
 
     today = dt.datetime.now(dt.UTC).date()
-    candidates, releases = _candidates(loaded, manifest), _releases(loaded.policy)
-    found = checked(loaded.policy, today, candidates, releases=releases)
+    candidates, pays_for = _candidates(loaded, manifest), affordable(loaded.policy)
+    found = checked(loaded.policy, today, candidates, pays_for=pays_for)
     rows = [_finding(one.severity.value, one.message, one.rule) for one in found]
     return [*_unsafe(path), *rows]
 
@@ -313,41 +314,6 @@ def _unsafe(path: Path) -> list[Report]:
     severity = "warning" if isinstance(problem, OtherOwnerError) else "error"
     told = " ".join(_told(problem, path))
     return [_finding(severity, f"would be refused where it is used: {told}")]
-
-
-def _releases(policy: Policy) -> int | None:
-    """How many releases the budget of a promise per site pays for; None for any other policy."""
-    from sentinel.terms import Unit
-
-    if policy.privacy is None or policy.privacy.unit is not Unit.SITE:
-        return None
-    import numpy as np
-
-    from sentinel.house import event_of, promise_of
-    from sentinel.policy.checks import MANY_RELEASES
-    from sentinel.privacy import total
-
-    promise, event = promise_of(policy), event_of(policy)
-    if promise is None:
-        return None
-
-    def affordable(count: int) -> bool:
-        with np.errstate(divide="ignore"):  # dp-accounting takes the logarithm of 0 near epsilon 0
-            return total({event: count}, promise).epsilon <= promise.epsilon
-
-    return _largest(affordable, MANY_RELEASES)
-
-
-def _largest(holds: Callable[[int], bool], limit: int) -> int:
-    """Find the largest count up to `limit` for which `holds`, which is lost once and for all."""
-    beyond = 1
-    while beyond <= limit and holds(beyond):
-        beyond *= 2
-    low, beyond = beyond // 2, min(beyond, limit + 1)
-    while beyond - low > 1:
-        middle = (low + beyond) // 2
-        low, beyond = (middle, beyond) if holds(middle) else (low, middle)
-    return low
 
 
 def _tested(path: Path) -> Report:
@@ -396,6 +362,7 @@ def _explanation_json(
             "ratio": noise.ratio,
             "coordinates": noise.coordinates,
             "drowns": noise.drowns,
+            "trained": noise.trained,
         },
         "findings": findings,
     }

@@ -138,6 +138,10 @@ def noise_lines(explanation: Explanation) -> Iterator[str]:
     if not noise.coordinates:
         yield "Nothing is released, so that there is no noise to compare."
         return
+    if noise.trained:
+        yield "The noise of the promise is in the update already, from every step of the training."
+        if not noise.norm:
+            return
     if not math.isfinite(noise.clip):
         yield f"Expected norm of the noise: {noise.norm:.3g}. No bound on the update's norm."
         return

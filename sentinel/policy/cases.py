@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from sentinel.policy.decide import decide
+from sentinel.policy.fields import ActionWord, Glob, Identifier, Norm, Strict
 from sentinel.policy.globs import EVERYTHING, matches
 from sentinel.policy.parsing import parse_toml
-from sentinel.policy.schema import ActionWord, Glob, Identifier, Norm, Strict
 from sentinel.terms import Action, Evidence
 
 if TYPE_CHECKING:

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from sentinel.terms import AutoNorm
 
 EXPIRES_SOON = 14  # days
-MANY_RELEASES = 1_000_000  # counted no further
 WIDE_LIMITS = 1000.0  # ceiling / floor of "auto"; half of it is wrong by a factor of 32 at first
 LARGE_EPSILON = 10.0  # above it the bound on an attacker's gain, exp(epsilon), means little
+_FEW = 10  # passes over the cohort; fewer are told with a digit behind the point
 _MAX_NAMES = 20  # parameters that a note names; `explain --json` names them all
 _SCORES = ("sensitivity", "suspicion", "budget_spent", "unhealthy")
 
@@ -45,12 +45,29 @@ class Finding:
     rule: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Affordable:
+    """What a budget pays for from which nothing was spent yet.
+
+    Attributes:
+        count: releases of a site; steps of private training per patient or record.
+        or_more: whether it was counted no further.
+        spent: epsilon that so many cost; where there are none, that the first one would.
+        accountant: which computation gave the figures.
+    """
+
+    count: int
+    or_more: bool
+    spent: float
+    accountant: str
+
+
 def check(
     policy: Policy,
     today: dt.date,
     candidates: Mapping[str, int] | None = None,
     *,
-    releases: int | None = None,
+    pays_for: Affordable | None = None,
 ) -> tuple[Finding, ...]:
     """Look for what the schema cannot see.
 
@@ -59,8 +76,7 @@ def check(
         today: the date (UTC) against which `expires` is read.
         candidates: the parameters of a model that could leave, name -> number of values; with
             them, a glob that matches nothing is an error.
-        releases: how many releases the policy's privacy budget pays for, MANY_RELEASES for that
-            many or more; None where it was not worked out.
+        pays_for: what the policy's privacy budget pays for; None where it was not worked out.
 
     Returns:
         All findings, errors first.
@@ -69,7 +85,7 @@ def check(
         *_lets_out_nothing(policy),
         *_expiry(policy, today),
         *_missing_protection(policy),
-        *_promise(policy, releases),
+        *_promise(policy, pays_for),
         *(finding for rule in policy.rules for finding in _dead(policy, rule)),
     ]
     if candidates is not None:
@@ -89,6 +105,10 @@ def _error(message: str, rule: str | None = None) -> Finding:
 
 def _warning(message: str, rule: str | None = None) -> Finding:
     return Finding(Severity.WARNING, message, rule)
+
+
+def _note(message: str, rule: str | None = None) -> Finding:
+    return Finding(Severity.NOTE, message, rule)
 
 
 def _lets_out_nothing(policy: Policy) -> Iterator[Finding]:
@@ -124,7 +144,7 @@ def _missing_protection(policy: Policy) -> Iterator[Finding]:
         )
     if policy.privacy is None and not any(rule.noise_ratio for rule in policy.always):
         yield _warning("no noise on an ordinary update: no rule without `when` has a noise_ratio")
-    if policy.limits.min_patients is None:
+    if policy.limits.min_patients is None and not _private_in_training(policy):
         yield _warning("limits.min_patients is left out: one patient alone may be behind an update")
     stopping = [
         rule
@@ -143,12 +163,16 @@ def _missing_protection(policy: Policy) -> Iterator[Finding]:
         )
 
 
-def _promise(policy: Policy, releases: int | None) -> Iterator[Finding]:
+def _private_in_training(policy: Policy) -> bool:
+    """Whether every update is private before a rule sees it, whoever is behind it."""
+    return policy.privacy is not None and policy.privacy.unit is not Unit.SITE
+
+
+def _promise(policy: Policy, pays_for: Affordable | None) -> Iterator[Finding]:
     privacy = policy.privacy
     if privacy is None:
-        yield Finding(
-            Severity.NOTE,
-            "no formal guarantee: without a [privacy] table the protection is measured, not proved",
+        yield _note(
+            "no formal guarantee: without a [privacy] table the protection is measured, not proved"
         )
         return
     if privacy.epsilon > LARGE_EPSILON:
@@ -156,48 +180,77 @@ def _promise(policy: Policy, releases: int | None) -> Iterator[Finding]:
             f"privacy.epsilon = {privacy.epsilon:g} promises next to nothing; 1 to 8 is usual"
         )
     if privacy.unit is not Unit.SITE:
-        yield _private(privacy)
+        yield from _private(privacy, pays_for)
         return
-    if releases is not None:
-        yield _affordable(privacy, releases)
+    if pays_for is not None:
+        yield _releases(privacy, pays_for)
     for rule in policy.rules:
         if rule.when is not None and rule.when.sensitivity is not None:
-            yield Finding(
-                Severity.NOTE,
+            yield _note(
                 'under unit "site" the sensitivity score sees the noise of the promise, so that '
                 "this rule is nearly blind",
                 rule.id,
             )
 
 
-def _private(privacy: Privacy) -> Finding:
-    """Say what a promise per patient or record asks of the training code."""
+def _private(privacy: Privacy, pays_for: Affordable | None) -> Iterator[Finding]:
+    """Say what a promise per patient or record asks of the training code, and what it pays for."""
     if privacy.batch is None or privacy.cohort is None:
-        return _error(
+        yield _error(
             f"releases nothing: privacy.batch is missing, the {privacy.unit}s that a batch of "
             "private training is expected to hold"
         )
-    return Finding(
-        Severity.NOTE,
+        return
+    yield _note(
         f'under unit "{privacy.unit}" only private training is released (guard.private): each step '
         f"takes each {privacy.unit} with probability {privacy.batch / privacy.cohort:.3g}, and "
-        "every other update is withheld (promise-not-kept)",
+        "every other update is withheld (promise-not-kept)"
+    )
+    if pays_for is not None:
+        yield _steps(privacy, pays_for, privacy.batch / privacy.cohort)
+
+
+def _steps(privacy: Privacy, pays_for: Affordable, rate: float) -> Finding:
+    """Say how many steps the budget pays for; a budget that pays for none is an error."""
+    if pays_for.count == 0:
+        return _error(
+            f"releases nothing: the first step of private training alone spends epsilon "
+            f"{pays_for.spent:.3g} by {pays_for.accountant}, more than {_budget(privacy)}; raise "
+            "privacy.noise_multiplier, lower privacy.batch, or promise less with a larger epsilon"
+        )
+    passes = pays_for.count * rate
+    told = f"{passes:.2g}" if passes < _FEW else f"{passes:,.0f}"
+    return _note(
+        f"the budget ({_budget(privacy)}; by {pays_for.accountant}) pays for "
+        f"{_many(pays_for, 'step')} of private training in all rounds together, which is "
+        f"{told} {'pass' if told == '1' else 'passes'} over the {privacy.cohort:,} "
+        f"{privacy.unit}s; then nothing leaves"
     )
 
 
-def _affordable(privacy: Privacy, releases: int) -> Finding:
+def _releases(privacy: Privacy, pays_for: Affordable) -> Finding:
     """Say how many releases the budget pays for; a budget that pays for none is an error."""
-    budget = f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g}"
-    if releases == 0:
+    if pays_for.count == 0:
         return _error(
-            f"releases nothing: one release alone spends more than {budget}; raise "
+            f"releases nothing: one release alone spends more than {_budget(privacy)}; raise "
             "privacy.noise_multiplier, or promise less with a larger epsilon"
         )
-    count = f"{releases:,} or more" if releases >= MANY_RELEASES else f"{releases:,}"
-    plural = "release" if releases == 1 else "releases"
-    return Finding(
-        Severity.NOTE, f"the budget ({budget}) pays for {count} {plural}, then nothing leaves"
+    return _note(
+        f"the budget ({_budget(privacy)}; by {pays_for.accountant}) pays for "
+        f"{_many(pays_for, 'release')}, then nothing leaves"
     )
+
+
+def _budget(privacy: Privacy) -> str:
+    return (
+        f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g}, unit {privacy.unit}, adjacency "
+        f"{privacy.adjacency}"
+    )
+
+
+def _many(pays_for: Affordable, what: str) -> str:
+    plural = what if pays_for.count == 1 and not pays_for.or_more else f"{what}s"
+    return f"{pays_for.count:,}{' or more' if pays_for.or_more else ''} {plural}"
 
 
 def _dead(policy: Policy, rule: Rule) -> Iterator[Finding]:
@@ -232,7 +285,8 @@ def _limits_of_auto(policy: Policy, rule: Rule, limits: AutoNorm) -> Iterator[Fi
             "way up; bring them closer",
             rule.id,
         )
-    if not any(other.noise_ratio for other in policy.always):
+    noisy = any(other.noise_ratio for other in policy.always)
+    if not noisy and not _private_in_training(policy):
         yield _warning(
             'max_norm = "auto" without noise: a server that makes updates large raises the bound '
             "to its ceiling and reads that much more; give a noise_ratio, which grows along",
@@ -306,8 +360,7 @@ def _against_model(policy: Policy, candidates: Mapping[str, int]) -> Iterator[Fi
     kept = sorted(set(candidates) - leaving)
     if kept:
         more = f" and {len(kept) - _MAX_NAMES} more" if len(kept) > _MAX_NAMES else ""
-        yield Finding(
-            Severity.NOTE,
+        yield _note(
             f"{len(kept)} of {len(candidates)} parameters never leave: "
-            f"{', '.join(kept[:_MAX_NAMES])}{more}",
+            f"{', '.join(kept[:_MAX_NAMES])}{more}"
         )

@@ -13,8 +13,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from sentinel.policy.fields import AUTO
 from sentinel.policy.globs import EVERYTHING, matches
-from sentinel.policy.schema import AUTO
 from sentinel.terms import Action, Evidence, NormBound, Plan, Treatment
 
 if TYPE_CHECKING:

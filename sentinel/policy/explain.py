@@ -66,11 +66,14 @@ class Noise:
         norm: expected norm of the noise.
         clip: bound on the norm of the signal; infinite where nothing bounds it.
         coordinates: how many values are released.
+        trained: whether noise is in the update already, from every step of the training; it is no
+            part of `norm`, and what bounds a step is no part of `clip`.
     """
 
     norm: float
     clip: float
     coordinates: int
+    trained: bool = False
 
     @property
     def ratio(self) -> float:
@@ -171,7 +174,8 @@ def _strictest(rules: list[Rule], knob: Knob) -> Strictest | None:
 def _noise(policy: Policy, plan: Plan, evidence: Evidence) -> Noise:
     """Add up the noise over all released coordinates: sqrt(sum of n x std^2)."""
     base, clip = 0.0, math.inf
-    if policy.privacy is not None and policy.privacy.unit is Unit.SITE:
+    trained = policy.privacy is not None and policy.privacy.unit is not Unit.SITE
+    if policy.privacy is not None and not trained:
         clip = policy.privacy.clip_norm
         base = policy.privacy.noise_multiplier * clip
     released = {
@@ -183,4 +187,4 @@ def _noise(policy: Policy, plan: Plan, evidence: Evidence) -> Noise:
         count * max(base, plan.treatments[name].noise_std) ** 2 for name, count in released.items()
     )
     covering = [bound.max_norm for bound in plan.bounds if bound.names >= released.keys()]
-    return Noise(math.sqrt(square), min([clip, *covering]), sum(released.values()))
+    return Noise(math.sqrt(square), min([clip, *covering]), sum(released.values()), trained)

@@ -7,127 +7,40 @@ taken where a decimal one is meant.
 
 from __future__ import annotations
 
-import datetime as dt
+import datetime as dt  # noqa: TC003 - pydantic evaluates the annotations at run time
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    WithJsonSchema,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
 from sentinel.policy import globs
+from sentinel.policy.fields import (
+    AUTO,
+    DISTINCT,
+    ActionWord,
+    Bound,
+    Glob,
+    Identifier,
+    NoiseMultiplier,
+    Norm,
+    OnlyTrue,
+    SchemaVersion,
+    Share,
+    Strict,
+)
 from sentinel.terms import SMALLEST_NOISE_MULTIPLIER, Action, Adjacency, AutoNorm, Unit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-SCHEMA_VERSION = 1
 MAX_RULES = 256
 MAX_GLOBS = 64
 NUM_EXAMPLES = "num-examples"
-AUTO: Literal["auto"] = "auto"
 
 # What a rule for ** lets out and should not leave.
 _KEEP_BACK = (
     "That rule lets every parameter out: hold back what must not leave by one more rule, "
     'match = [...] with action = "withhold"'
 )
-_WORDS = {action.word: action for action in Action}
-
-
-def _action(value: object) -> Action:
-    """Take the word of an action and nothing else: no number, no other spelling."""
-    if isinstance(value, Action):
-        return value
-    if not isinstance(value, str) or value not in _WORDS:
-        raise ValueError("expected " + ", ".join(f'"{word}"' for word in _WORDS))
-    return _WORDS[value]
-
-
-def _number_or_auto(value: object) -> object:
-    """Refuse another text in one sentence, not in one for each form that is allowed."""
-    if isinstance(value, str | list | dict) and value != AUTO:
-        raise ValueError(f'expected a number, as in 0.5, or "{AUTO}"')
-    return value
-
-
-def _bound_kind(value: object) -> str:
-    return "auto" if isinstance(value, str) else "number"
-
-
-def _well_formed(glob: str) -> str:
-    wrong = globs.problem(glob)
-    if wrong is not None:
-        raise ValueError(wrong)
-    return glob
-
-
-def _distinct(items: tuple[str, ...]) -> tuple[str, ...]:
-    if len(set(items)) < len(items):
-        raise ValueError("each entry may stand here only once")
-    return items
-
-
-def _true(value: bool) -> bool:  # noqa: FBT001  pydantic hands the value over by position
-    if not value:
-        raise ValueError("only true is offered: a rule cannot wait for a healthy model")
-    return value
-
-
-def _readable(version: int) -> int:
-    """Refuse another format with what to do about it, not merely as a number out of range."""
-    if version > SCHEMA_VERSION:
-        raise ValueError(
-            f"this version reads schema {SCHEMA_VERSION}; install a newer gradient-sentinel, or "
-            f"write schema = {SCHEMA_VERSION}"
-        )
-    if version < SCHEMA_VERSION:
-        raise ValueError(f"expected {SCHEMA_VERSION}, the only format there is")
-    return version
-
-
-def _meant_for_noise(value: float) -> float:
-    if value < SMALLEST_NOISE_MULTIPLIER:
-        raise ValueError(
-            f"expected {SMALLEST_NOISE_MULTIPLIER} or more: below it the privacy accountants break "
-            "down numerically, and what they would report is no protection in any case"
-        )
-    return value
-
-
-SchemaVersion = Annotated[
-    int,
-    Field(json_schema_extra={"minimum": SCHEMA_VERSION, "maximum": SCHEMA_VERSION}),
-    AfterValidator(_readable),
-]
-# A norm's two ends, and the lower end of `keep`, hold every product and quotient of them finite.
-Norm = Annotated[float, Field(ge=1e-12, le=1e12)]
-Bound = Annotated[
-    Annotated[Norm, Tag("number")] | Annotated[Literal["auto"], Tag("auto")],
-    Discriminator(_bound_kind),
-    BeforeValidator(_number_or_auto),
-]
-Share = Annotated[float, Field(ge=0, le=1)]
-Identifier = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")]
-Glob = Annotated[str, AfterValidator(_well_formed)]
-ActionWord = Annotated[
-    Action,
-    BeforeValidator(_action),
-    WithJsonSchema({"type": "string", "enum": list(_WORDS)}),
-]
-
-
-class Strict(BaseModel):
-    """Base of everything that is read from a TOML file: strict, closed, frozen, finite."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class AdaptiveClip(Strict):
@@ -162,7 +75,7 @@ class Privacy(Strict):
     epsilon: float = Field(gt=0, le=1000, description="for the life of the ledger")
     delta: float = Field(gt=0, le=0.01)
     clip_norm: Norm = Field(description="L2")
-    noise_multiplier: Annotated[float, Field(le=1e6), AfterValidator(_meant_for_noise)] = Field(
+    noise_multiplier: NoiseMultiplier = Field(
         description="standard deviation of the noise / clip_norm",
         json_schema_extra={"minimum": SMALLEST_NOISE_MULTIPLIER},
     )
@@ -243,9 +156,9 @@ class Limits(Strict):
         default=None,
         description="how many released updates stay on disk for retries; all where left out",
     )
-    metrics: Annotated[
-        tuple[Identifier, ...], Field(strict=False, max_length=64), AfterValidator(_distinct)
-    ] = Field(default=(), description="metrics that may leave; all others are dropped")
+    metrics: Annotated[tuple[Identifier, ...], Field(strict=False, max_length=64), DISTINCT] = (
+        Field(default=(), description="metrics that may leave; all others are dropped")
+    )
     statistics: Literal["withhold", "as-parameters"] = Field(
         default="withhold",
         description="running statistics of normalisation layers: send the global model's back, or "
@@ -259,7 +172,7 @@ class When(Strict):
     sensitivity: Share | None = Field(default=None, description="sensitivity score of the update")
     suspicion: Share | None = Field(default=None, description="suspicion about the global model")
     budget_spent: Share | None = Field(default=None, description="share of epsilon that is spent")
-    unhealthy: Annotated[bool, AfterValidator(_true)] | None = Field(
+    unhealthy: OnlyTrue | None = Field(
         default=None, description="the global model is broken rather than crafted; only true"
     )
 
@@ -280,7 +193,7 @@ class Rule(Strict):
     match: Annotated[
         tuple[Glob, ...],
         Field(strict=False, min_length=1, max_length=MAX_GLOBS),
-        AfterValidator(_distinct),
+        DISTINCT,
     ] = Field(default=(globs.EVERYTHING,), description="globs on dotted parameter names")
     when: When | None = Field(default=None, description="left out: the rule always applies")
     action: ActionWord = Field(

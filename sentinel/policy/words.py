@@ -9,7 +9,7 @@ from sentinel.terms import Action, Unit
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from sentinel.policy.schema import Policy, Rule, When
+    from sentinel.policy.schema import Policy, Privacy, Rule, When
 
 ACTIONS = {
     Action.RELEASE: "released",
@@ -40,13 +40,61 @@ def promise(policy: Policy) -> str:
             "says so."
         )
     whose = {Unit.SITE: "the whole site", Unit.PATIENT: "each patient", Unit.RECORD: "each record"}
-    what = "the whole update" if privacy.unit is Unit.SITE else "every step of the training"
-    return (
+    told = (
         f"It promises differential privacy for {whose[privacy.unit]} ({privacy.adjacency}): "
-        f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g}, for the life of the ledger. For "
-        f"that, {what} is clipped to a size (L2 norm) of {privacy.clip_norm:g}, with noise of "
-        f"standard deviation {privacy.clip_norm * privacy.noise_multiplier:g} on every value."
+        f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g}, for the life of the ledger. "
     )
+    if privacy.unit is Unit.SITE:
+        return told + (
+            "For that, the whole update is clipped to a size (L2 norm) of "
+            f"{privacy.clip_norm:g}, with noise of standard deviation "
+            f"{privacy.clip_norm * privacy.noise_multiplier:g} on every value."
+        )
+    return told + " ".join(_training(privacy))
+
+
+def _training(privacy: Privacy) -> Iterator[str]:
+    """Say what each step of private training does."""
+    unit, batch, cohort = privacy.unit, privacy.batch, privacy.cohort
+    if batch is not None and cohort is not None:
+        yield (
+            f"For that, every step of the training takes each of the {cohort:,} {unit}s by chance, "
+            f"with probability {batch:,}/{cohort:,} = {batch / cohort:.3g}."
+        )
+    else:
+        yield (
+            f"For that, every step of the training takes some {unit}s by chance; how many is not "
+            "said (batch is missing), so that nothing is released yet."
+        )
+    if unit is Unit.PATIENT:
+        yield (
+            f"At most {privacy.records_per_patient} records of a patient count in a step, and all "
+            "that they contribute is added up."
+        )
+    yield (
+        f"What one {unit} contributes to a step is clipped to a size (L2 norm) of "
+        f"{_clip(privacy)}, and the sum over all that were taken gets noise of standard deviation "
+        f"{_noise(privacy)} on every value. The noised sum is then divided by "
+        f"{'the batch' if batch is None else f'{batch:,}'}, however many were taken."
+    )
+    yield "The training process does all this itself: at level L0 the promise is its claim."
+
+
+def _clip(privacy: Privacy) -> str:
+    clip = privacy.adaptive_clip
+    if clip is None:
+        return f"{privacy.clip_norm:g}"
+    return (
+        f"{privacy.clip_norm:g} at first, which then moves from step to step, between "
+        f"{clip.floor:g} and {clip.ceiling:g}, to the size that {100 * clip.quantile:g} % of the "
+        f"{privacy.unit}s stay under (asked with noise, and covered by the same epsilon)"
+    )
+
+
+def _noise(privacy: Privacy) -> str:
+    if privacy.adaptive_clip is None:
+        return f"{privacy.clip_norm * privacy.noise_multiplier:g}"
+    return f"at least {privacy.noise_multiplier:g} times that size"
 
 
 def limits(policy: Policy) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sentinel.errors import MisuseError
@@ -21,6 +22,22 @@ if TYPE_CHECKING:
 MANY_RELEASES = 1_000_000  # a forecast ends here
 LARGEST_NOISE_MULTIPLIER = 1e6  # as in policies
 _DIGITS = 3  # of a noise multiplier, rounded up
+_EXACT_STEPS = 5000  # beyond it the tight accountant takes more than two seconds to count them
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """How many steps of private training a budget pays for.
+
+    Attributes:
+        count: how many.
+        at_least: whether it may pay for more.
+        spent: what so many cost; where there are none, what the first one would.
+    """
+
+    count: int
+    at_least: bool
+    spent: Spent
 
 
 def next_event(
@@ -58,9 +75,12 @@ def next_event(
     steps = steps if steps is not None or last is None else last.steps
     rate = sampling_rate if sampling_rate is not None or last is None else last.sampling_rate
     if steps is None or rate is None:
+        said = {"--steps": steps, "--sampling-rate": rate}
+        missing = " and ".join(option for option, value in said.items() if value is None)
         raise MisuseError(
-            f"No private training per {promise.unit} was charged yet to take the steps and the "
-            "sampling rate from: name both, --steps and --sampling-rate."
+            f"No private training per {promise.unit} was charged yet, from which steps and "
+            f"sampling rate could be taken: name {missing}. (A policy with privacy.batch says the "
+            "rate.)"
         )
     if not 0 < rate <= 1 or steps < 1:
         raise MisuseError("The sampling rate is a number above 0, up to 1; steps are 1 or more.")
@@ -118,6 +138,35 @@ def releases_left(
 
     quick = _largest(lambda count: fits(count, total), 0)
     return _largest(lambda count: fits(count, weigh), quick)
+
+
+def steps_paid(promise: Promise, noise_multiplier: float, sampling_rate: float) -> Steps:
+    """How many steps of private training a budget pays for from which nothing was spent yet.
+
+    Args:
+        promise: the budget, per patient or record.
+        noise_multiplier: the policy's.
+        sampling_rate: probability of being drawn into a step, Poisson; 1 for all.
+
+    Returns:
+        The count, and what it costs.
+
+    Guarantees:
+        | case                                  | count                                            |
+        |---------------------------------------|--------------------------------------------------|
+        | the first step costs more than there is | 0                                              |
+        | up to 5000 by the quick accountant    | as many as the ledger charges, and not one more  |
+        | more                                  | at least so many; the tight one would take long  |
+
+        The slack of the noise counts as none: it is a matter of the model's size, and too small to
+        be seen in a number of steps.
+    """
+    step = next_event(promise, noise_multiplier, [], steps=1, sampling_rate=sampling_rate)
+    quick = _largest(lambda count: total({step: count}, promise).epsilon <= promise.epsilon, 0)
+    if quick > _EXACT_STEPS:
+        return Steps(quick, at_least=True, spent=total({step: quick}, promise))
+    count = releases_left({}, step, promise)
+    return Steps(count, at_least=False, spent=weigh({step: max(count, 1)}, promise))
 
 
 def noise_multiplier_for(

@@ -362,7 +362,7 @@ def _require_budget(
             f"One more release would spend epsilon {spent.epsilon:.3g} of {promise.epsilon:.3g} "
             f"(delta {promise.delta:g}, unit {promise.unit}, adjacency {promise.adjacency}, "
             f"{spent.accountant}); the budget holds for the life of the ledger. See `sentinel "
-            "budget show`.",
+            "budget show --policy FILE`.",
         )
 
 

@@ -29,7 +29,7 @@ from sentinel.audit import (
 from sentinel.audit.log import FILE_NAME
 from sentinel.audit.records import RECORD_TYPES
 from sentinel.errors import Withheld
-from sentinel.terms import Reason, Sharpness
+from sentinel.terms import Reason, Sharpness, Unit
 
 if typing.TYPE_CHECKING:
     from pathlib import Path
@@ -110,6 +110,54 @@ def test_bits_of_the_raw_update_are_counted_and_none_under_a_promise() -> None:
     assert decided(promised=True, clipped=None).data_bits == 0
     assert aborted().data_bits == 0
     assert UpdateWithheld(**BASE, round="b" * 64, reason=Reason.NOT_FINITE).data_bits <= 5
+
+
+def test_a_record_says_whom_the_promise_is_for_and_how_many_steps() -> None:
+    promised = {"promised": True, "clipped": None}
+    assert decided(**promised, unit=Unit.SITE).steps is None
+    assert decided(**promised, unit=Unit.PATIENT, steps=40).steps == 40
+    assert decided(**promised, unit=Unit.RECORD, steps=1).data_bits == 0
+    for wrong in (
+        {"unit": Unit.SITE},  # nothing is promised
+        {"steps": 4},
+        {**promised, "unit": Unit.SITE, "steps": 4},
+        {**promised, "unit": Unit.PATIENT},
+        {**promised, "unit": Unit.PATIENT, "steps": 0},
+        {**promised, "unit": Unit.PATIENT, "steps": 10**9 + 1},
+        {**promised, "unit": Unit.PATIENT, "steps": 1.0},
+    ):
+        with pytest.raises(ValidationError):
+            decided(**wrong)
+
+
+def test_a_line_from_before_unit_and_steps_were_told_still_verifies(tmp_path: Path) -> None:
+    """Byte for byte as it was written then; and one that says nothing is written so today."""
+    old = (
+        '{"at":1,"budget_spent":0,"clipped":null,"coordinates":12,"data_bits":0,"ledger_head":"'
+        + ZERO
+        + '","ledger_seq":0,"level":"L0","previous":"'
+        + ZERO
+        + '","process":"'
+        + "a" * 32
+        + '","promised":true,"released":4,"round":"'
+        + "b" * 64
+        + '","rules":[0,2],"sensitivity":3,"seq":1,"sharpness":"reference","suspicion":0,'
+        '"type":"update.decided","withheld":0}\n'
+    )
+    log = AuditLog(tmp_path)
+    (tmp_path / FILE_NAME).write_text(old)
+    (tmp_path / FILE_NAME).chmod(0o600)
+    unsaid = decided(promised=True, clipped=None)
+    assert verify_log(tmp_path).records == 1
+    assert [entry.record for entry in read_log(tmp_path)] == [unsaid]
+    log.append(lambda: decided(promised=True, clipped=None, unit=Unit.PATIENT, steps=40))
+    assert verify_log(tmp_path).records == 2
+    AuditLog(tmp_path / "new").append(lambda: unsaid)
+    assert (tmp_path / "new" / FILE_NAME).read_text() == old
+    for said in ('"unit":null,', '"steps":null,'):
+        (tmp_path / FILE_NAME).write_text(old.replace('"withheld"', said + '"withheld"'))
+        with pytest.raises(Withheld):
+            verify_log(tmp_path)
 
 
 def test_scores_are_rounded_up_to_a_twentieth() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,6 +20,7 @@ from sentinel.privacy import (
     UnboundedEvent,
     total,
 )
+from sentinel.privacy.forecast import releases_left
 from sentinel.state import StateFolder
 from sentinel.terms import GENESIS, Adjacency, Unit
 
@@ -158,7 +160,18 @@ def test_the_screen_says_all_that_an_epsilon_needs_beside_it(charge, run) -> Non
     spent = total(counted((TRAINING, 5), (RELEASE, 1)), PATIENT, tight=True).epsilon
     for part in (
         f"epsilon {spent:.4g} of 4 is spent, {4 - spent:.4g} left",
-        "delta 1e-05, unit patient, adjacency add-or-remove, privacy loss distribution (PLD)",
+        (
+            "delta 1e-05, unit patient, adjacency add-or-remove, claimed (level L0), privacy loss "
+            "distribution (PLD)"
+        ),
+        (
+            "By policy, each as if there were no others (delta 1e-05, unit patient, adjacency "
+            "add-or-remove, claimed (level L0)):"
+        ),
+        (
+            "By round, the total after each (delta 1e-05, unit patient, adjacency add-or-remove, "
+            "claimed (level L0), Renyi differential privacy (RDP)):"
+        ),
         "Renyi differential privacy (RDP), says",
         "adjacency replace",
         "Charges that do not say how far their noise was from ideal noise: 1.",
@@ -179,7 +192,7 @@ def test_show_of_a_long_ledger_keeps_the_curve_short(charge, run) -> None:
 
 def test_show_without_a_policy_with_one_that_promises_nothing_and_before_any_charge(run) -> None:
     assert "Nothing was charged yet." in run("show").output
-    assert "name a policy that has one with --policy" in run("show").output
+    assert "name a policy that has one: --policy FILE" in run("show").output
     screen = " ".join(run("show", "--policy", "nothing.toml").output.split())
     assert "promises nothing formal (it has no [privacy] table)" in screen
     assert "epsilon 0 of 4 is spent" in run("show", "--policy", "site.toml").output
@@ -192,6 +205,84 @@ def test_show_says_void_where_something_was_released_outside_the_promise(charge,
     for command in ("show", "forecast"):
         screen = " ".join(run(command, "--policy", "site.toml").output.split())
         assert "The lifetime promise is void" in screen
+
+
+@pytest.mark.parametrize("outside", [UnboundedEvent(), TRAINING])
+def test_a_policy_that_released_outside_the_promise_is_void_and_no_epsilon(
+    charge, run, outside
+) -> None:
+    """Without a promise, or under a finer unit: nothing bounds what the site gave away."""
+    charge(RELEASE)
+    charge(outside, policy="b")
+    answer = run("show", "--policy", "site.toml", "--json")
+    assert "Infinity" not in answer.output
+    by_policy = json.loads(answer.output)["promise"]["by_policy"]
+    raw, sound = by_policy["b" * 64], by_policy["a" * 64]
+    assert (raw["void"], raw["epsilon_alone"]) == (True, None)
+    assert (sound["void"], sound["epsilon_alone"]) == (False, total({RELEASE: 1}, SITE).epsilon)
+    for entry in (raw, sound):
+        assert (entry["unit"], entry["adjacency"], entry["delta"]) == ("site", "replace", 1e-5)
+    lines = run("show", "--policy", "site.toml").output.splitlines()
+    (line,) = (line for line in lines if line.split()[:1] == ["b" * 8])
+    assert line.split()[:3] == ["b" * 8, "1", "void"]
+    rounds = json.loads(answer.output)["promise"]["by_round"]
+    assert [entry["void"] for entry in rounds] == [False, True]
+    assert ["void" in line for line in lines if "gaussian site" in line] == [False]
+
+
+def test_show_without_a_policy_says_what_every_unit_and_adjacency_spent(charge, run) -> None:
+    charge(TRAINING, 5)
+    charge(RELEASE, 2, policy="b")
+    charge(UnboundedEvent(), dataset="raw")
+    found = json.loads(run("show", "--json").output)["datasets"]
+    events = counted((TRAINING, 5), (RELEASE, 2))
+    patient, site = found["d"]["spent"]
+    assert patient == {
+        "unit": "patient",
+        "adjacency": "add-or-remove",
+        "delta": 1e-6,
+        "epsilon_spent": total(events, replace(PATIENT, delta=1e-6), tight=True).epsilon,
+        "accountant": "privacy loss distribution (PLD)",
+        "void": False,
+        "assurance": "claimed",
+        "level": "L0",
+    }
+    assert (site["unit"], site["adjacency"], site["assurance"]) == ("site", "replace", None)
+    assert site["epsilon_spent"] == total({RELEASE: 2}, replace(SITE, delta=1e-6)).epsilon
+    assert site["void"]  # the trainings say nothing about the site
+    assert found["raw"]["spent"] == []
+    screen = " ".join(run("show").output.split())
+    assert (
+        f"Spent on d: epsilon {patient['epsilon_spent']:.4g} (delta 1e-06, unit patient, adjacency "
+        "add-or-remove, claimed (level L0), privacy loss distribution (PLD))."
+    ) in screen
+    assert "exact Gaussian composition); void, something else was released outside it." in screen
+    assert "Spent on raw: nothing was promised to anybody" in screen
+    assert "--policy FILE" in screen
+
+
+def test_show_without_a_policy_adds_up_at_another_delta(charge, run) -> None:
+    charge(RELEASE, 3)
+    (site,) = json.loads(run("show", "--delta", "1e-4", "--json").output)["datasets"]["d"]["spent"]
+    assert site["delta"] == 1e-4
+    assert site["epsilon_spent"] == total({RELEASE: 3}, replace(SITE, delta=1e-4)).epsilon
+    for words in (("--delta", "0"), ("--delta", "1"), ("--delta", "nan")):
+        assert run("show", *words).exit_code == 2
+    assert run("show", "--policy", "site.toml", "--delta", "1e-4").exit_code == 2
+
+
+def test_an_epsilon_per_patient_is_told_as_claimed_and_one_per_site_is_not(charge, run) -> None:
+    """At level L0 the noise of private training is the training process's own claim."""
+    charge(TRAINING)
+    charge(RELEASE)
+    for command in (("show",), ("forecast",)):
+        for unit, assurance in (("patient", "claimed"), ("site", None)):
+            words = (*command, "--policy", f"{unit}.toml")
+            found = json.loads(run(*words, "--json").output)["promise"]
+            for told in (found, found["other_adjacency"]):
+                assert (told["assurance"], told["level"]) == (assurance, "L0")
+            screen = run(*words).output
+            assert ("claimed (level L0)" in " ".join(screen.split())) is (assurance is not None)
 
 
 def test_show_of_an_infinite_epsilon_is_still_json(charge, run) -> None:
@@ -248,6 +339,40 @@ def test_forecast_of_training_takes_the_last_rounds_steps_or_the_options(charge,
     assert fresh["rounds_left"] == later["rounds_left"] + 2
     longer = json.loads(run(*words, "--steps", "240").output)["forecast"]
     assert longer["rounds_left"] < later["rounds_left"] / 2
+
+
+@pytest.mark.parametrize("state", ["absent", "empty", "without-charges"])
+def test_forecast_plans_before_anything_was_charged(folder: Path, state: str) -> None:
+    """The policy says the rate, --steps the steps; nothing is written to make the plan."""
+    if state == "empty":
+        (folder / state).mkdir()
+    if state == "without-charges":
+        StateFolder(folder / state)
+    path = folder / "patient.toml"
+    path.write_text(path.read_text().replace("12000", "12000\nbatch = 240"))
+    words = ["budget", "forecast", "--policy", str(path), "--steps", "60"]
+    words += ["--state-dir", str(folder / state)]
+    answer = CliRunner().invoke(app, [*words, "--json"])
+    assert answer.exit_code == 0, answer.output
+    report = json.loads(answer.output)
+    planned = TRAINING.model_copy(update={"log_ratio": 0.0, "mass": 0.0})
+    assert report["promise"]["epsilon_spent"] == 0
+    assert report["forecast"]["event"] == planned.model_dump(mode="json")
+    assert report["forecast"]["rounds_left"] == releases_left({}, planned, PATIENT) > 10
+    assert report["forecast"]["ledger_found"] is (state == "without-charges")
+    screen = " ".join(CliRunner().invoke(app, words).output.split())
+    assert ("There is no ledger yet" in screen) is (state != "without-charges")
+    assert (folder / state).exists() is (state != "absent")
+    assert state != "empty" or not any((folder / state).iterdir())
+
+
+@pytest.mark.parametrize("kept", ["audit", "releases", "history"])
+def test_forecast_takes_no_lost_ledger_for_an_empty_one(folder: Path, kept: str) -> None:
+    (folder / "lost" / kept).mkdir(parents=True)
+    words = ["budget", "forecast", "--policy", str(folder / "site.toml")]
+    answer = CliRunner().invoke(app, [*words, "--state-dir", str(folder / "lost")])
+    assert answer.exit_code == (1 if kept == "audit" else 2)
+    assert "left at this noise" not in answer.output
 
 
 def test_forecast_without_a_promise_or_with_a_spent_budget_answers_clearly(charge, run) -> None:

@@ -19,7 +19,7 @@ from sentinel.cli import policy as cli
 from sentinel.cli import policy_screen
 from sentinel.policy import load_policy
 from sentinel.policy.json_schema import json_schema
-from sentinel.privacy import GaussianEvent, Promise, total
+from sentinel.privacy import DpSgdEvent, GaussianEvent, Promise, total, weigh
 from sentinel.terms import Adjacency, Unit
 
 if TYPE_CHECKING:
@@ -201,6 +201,69 @@ def test_check_fails_for_a_promise_per_patient_without_a_batch(tmp_path: Path, u
     path.write_text(text.replace("patients = 100", "patients = 100\nbatch = 5"), encoding="utf-8")
     code, told = run("check", path)
     assert (code, "guard.private" in told) == (0, True)
+
+
+PRIVATE = (
+    SITE.format(1.2)
+    .replace('"site"\nepsilon = 8', '"patient"\npatients = 300\nbatch = 32\nepsilon = {}')
+    .replace("1e-6", "1e-4")
+)
+
+
+def test_check_counts_the_private_steps_that_the_ledger_will_allow(tmp_path: Path) -> None:
+    """The figure is the last count that the ledger charges; and so many passes it is."""
+    path = tmp_path / "private.toml"
+    path.write_text(PRIVATE.format(4), encoding="utf-8")
+    code, text = run("check", path)
+    counted = re.search(r"pays for ([\d,]+) steps .* which is ([\d.]+) passes over the 300", text)
+    assert counted is not None, text
+    count = int(counted[1].replace(",", ""))
+    promise = Promise(Unit.PATIENT, Adjacency.ADD_OR_REMOVE, 4.0, 1e-4)
+    assert (
+        weigh({steps(count): 1}, promise).epsilon
+        <= 4
+        < weigh({steps(count + 1): 1}, promise).epsilon
+    )
+    assert float(counted[2]) == pytest.approx(count * 32 / 300, rel=5e-2)
+    assert "unit patient, adjacency add-or-remove; by " in text
+    assert code == 0
+
+
+def test_check_fails_where_the_budget_pays_for_no_private_step(tmp_path: Path) -> None:
+    path = tmp_path / "private.toml"
+    path.write_text(PRIVATE.format(0.01), encoding="utf-8")
+    code, text = run("check", path)
+    promise = Promise(Unit.PATIENT, Adjacency.ADD_OR_REMOVE, 0.01, 1e-4)
+    first = weigh({steps(1): 1}, promise)
+    assert code == 1
+    assert (
+        f"error: releases nothing: the first step of private training alone spends epsilon "
+        f"{first.epsilon:.3g} by {first.accountant}, more than epsilon 0.01 at delta 0.0001"
+    ) in text
+
+
+def steps(count: int) -> DpSgdEvent:
+    return DpSgdEvent(
+        unit=Unit.PATIENT,
+        adjacency=Adjacency.ADD_OR_REMOVE,
+        noise_multiplier=1.2,
+        sampling="poisson",
+        sampling_rate=32 / 300,
+        steps=count,
+        log_ratio=0.0,
+        mass=0.0,
+    )
+
+
+def test_explain_says_that_the_noise_of_private_training_is_there_already(
+    tmp_path: Path, model: Path
+) -> None:
+    path = tmp_path / "private.toml"
+    path.write_text(PRIVATE.format(4), encoding="utf-8")
+    told = run("explain", path, "--model", model)[1]
+    assert "The noise of the promise is in the update already" in told
+    assert "no noise is added" not in told
+    assert "No bound on the update's norm" not in told
 
 
 def test_check_without_a_promise_does_not_wait_for_the_accountant(folder: Path) -> None:

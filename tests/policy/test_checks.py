@@ -6,7 +6,7 @@ import datetime as dt
 
 import pytest
 
-from sentinel.policy.checks import MANY_RELEASES, Severity, check, failed
+from sentinel.policy.checks import Affordable, Severity, check, failed
 from sentinel.policy.parsing import parse_toml
 from sentinel.policy.schema import Policy
 
@@ -22,6 +22,7 @@ SITE = (
     '[privacy]\nunit = "site"\npatients = 100\nepsilon = 8\ndelta = 1e-6\nclip_norm = 1\n'
     "noise_multiplier = 1\n"
 )
+PATIENT = SITE.replace("site", "patient").replace("epsilon", "batch = 5\nepsilon")
 RULE = '[[rule]]\nid = "r"\n'
 
 
@@ -49,22 +50,72 @@ def test_a_promise_per_patient_or_record_is_told_as_private_training(unit: str) 
 
 
 @pytest.mark.parametrize(
-    ("releases", "severity", "said"),
+    ("releases", "or_more", "severity", "said"),
     [
-        (0, Severity.ERROR, "releases nothing: one release alone spends more than epsilon 8"),
-        (1, Severity.NOTE, "pays for 1 release, "),
-        (1500, Severity.NOTE, "pays for 1,500 releases, "),
-        (MANY_RELEASES, Severity.NOTE, "pays for 1,000,000 or more releases, "),
+        (
+            0,
+            False,
+            Severity.ERROR,
+            (
+                "releases nothing: one release alone spends more than epsilon 8 at delta 1e-06, "
+                "unit site, adjacency replace"
+            ),
+        ),
+        (1, False, Severity.NOTE, "pays for 1 release, "),
+        (1500, False, Severity.NOTE, "adjacency replace; by exact) pays for 1,500 releases, "),
+        (10**6, True, Severity.NOTE, "pays for 1,000,000 or more releases, "),
     ],
 )
 def test_a_budget_is_told_in_releases_and_for_none_it_is_an_error(
-    releases: int, severity: Severity, said: str
+    *, releases: int, or_more: bool, severity: Severity, said: str
 ) -> None:
     text = HEAD + SITE + STOPS + '[[rule]]\nid = "b"\n'
     policy = parse_toml(text.encode(), "p.toml", Policy)
-    found = check(policy, TODAY, releases=releases)
+    found = check(policy, TODAY, pays_for=Affordable(releases, or_more, 1.0, "exact"))
     assert [one.severity for one in found if said in one.message] == [severity]
     assert failed(found) is (releases == 0)
+
+
+@pytest.mark.parametrize(
+    ("steps", "or_more", "severity", "said"),
+    [
+        (
+            0,
+            False,
+            Severity.ERROR,
+            (
+                "releases nothing: the first step of private training alone spends epsilon 0.56 by "
+                "PLD, more than epsilon 8 at delta 1e-06, unit patient, adjacency add-or-remove"
+            ),
+        ),
+        (1, False, Severity.NOTE, "pays for 1 step of private training in all rounds together"),
+        (20, False, Severity.NOTE, "which is 1 pass over the 100 patients; then nothing leaves"),
+        (240, False, Severity.NOTE, "pays for 240 steps of private training in all rounds"),
+        (240, False, Severity.NOTE, "which is 12 passes over the 100 patients"),
+        (50, False, Severity.NOTE, "which is 2.5 passes over the 100 patients"),
+        (90000, True, Severity.NOTE, "pays for 90,000 or more steps"),
+        (90000, True, Severity.NOTE, "which is 4,500 passes over the 100 patients"),
+    ],
+)
+def test_a_budget_is_told_in_steps_and_passes_and_for_no_step_it_is_an_error(
+    *, steps: int, or_more: bool, severity: Severity, said: str
+) -> None:
+    text = HEAD + PATIENT + STOPS + '[[rule]]\nid = "b"\n'
+    policy = parse_toml(text.encode(), "p.toml", Policy)
+    found = check(policy, TODAY, pays_for=Affordable(steps, or_more, 0.56, "PLD"))
+    assert [one.severity for one in found if said in one.message] == [severity]
+    assert failed(found) is (steps == 0)
+
+
+@pytest.mark.parametrize("unit", ["patient", "record"])
+@pytest.mark.parametrize("said", ["one patient alone may be behind", "reads that much more"])
+def test_what_private_training_hides_already_is_no_warning(unit: str, said: str) -> None:
+    """The update is private before it is looked at, however few are behind it."""
+    wide = '[[rule]]\nid = "a"\nmax_norm = "auto"\nmax_norm_floor = 1\nmax_norm_ceiling = 9\n'
+    bare = HEAD.replace("[limits]\nmin_patients = 8\n", "")
+    promised = findings(bare + PATIENT.replace('"patient"', f'"{unit}"') + wide + STOPS)
+    assert not [one for one in promised if said in one[2]]
+    assert [one[0] for one in findings(bare + wide + STOPS) if said in one[2]] == ["warning"]
 
 
 def test_a_sound_policy_has_nothing_but_the_note_on_its_promise() -> None:

@@ -69,9 +69,47 @@ def test_a_promise_says_whose_how_much_and_what_is_done_for_it() -> None:
     assert "differential privacy for the whole site (replace): epsilon 8 at delta 1e-06" in told
     assert "the whole update is clipped to a size (L2 norm) of 0.5" in told
     assert "noise of standard deviation 1 on every value" in told
-    patient = policy(SITE.replace('"site"', '"patient"\npatients = 100'))
-    assert "every step of the training is clipped" in words.promise(patient)
     assert "promises nothing formal" in words.promise(policy(""))
+
+
+def private(unit: str, more: str = "") -> str:
+    return words.promise(policy(SITE.replace('"site"', f'"{unit}"\npatients = 12000\n{more}')))
+
+
+def test_a_promise_per_patient_says_what_is_clipped_and_where_the_noise_goes() -> None:
+    """The sum of each patient is clipped; the noise is on the sum before it is divided."""
+    assert private("patient", "batch = 120\nrecords_per_patient = 8") == (
+        "It promises differential privacy for each patient (add-or-remove): epsilon 8 at delta "
+        "1e-06, for the life of the ledger. For that, every step of the training takes each of the "
+        "12,000 patients by chance, with probability 120/12,000 = 0.01. At most 8 records of a "
+        "patient count in a step, and all that they contribute is added up. What one patient "
+        "contributes to a step is clipped to a size (L2 norm) of 0.5, and the sum over all that "
+        "were taken gets noise of standard deviation 1 on every value. The noised sum is then "
+        "divided by 120, however many were taken. The training process does all this itself: at "
+        "level L0 the promise is its claim."
+    )
+
+
+def test_a_promise_per_record_says_nothing_of_patients() -> None:
+    told = private("record", "records = 36000\nbatch = 120")
+    assert "each of the 36,000 records by chance, with probability 120/36,000 = 0.00333." in told
+    assert "What one record contributes to a step is clipped" in told
+    assert "patient" not in told
+
+
+def test_a_clip_norm_that_follows_is_said_with_its_limits() -> None:
+    clip = "adaptive_clip = { quantile = 0.5, floor = 0.01, ceiling = 10.0 }"
+    told = private("patient", f"batch = 120\n{clip}")
+    assert (
+        "clipped to a size (L2 norm) of 0.5 at first, which then moves from step to step, between "
+        "0.01 and 10, to the size that 50 % of the patients stay under (asked with noise, and "
+        "covered by the same epsilon), and the sum over all that were taken gets noise of standard "
+        "deviation at least 2 times that size on every value."
+    ) in told
+
+
+def test_a_promise_per_patient_without_a_batch_says_so() -> None:
+    assert "batch is missing" in private("patient")
 
 
 def test_limits_say_what_is_missing_too() -> None:

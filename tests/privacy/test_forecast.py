@@ -6,7 +6,7 @@ import pytest
 
 from sentinel.errors import MisuseError
 from sentinel.privacy import DpSgdEvent, GaussianEvent, Promise, UnboundedEvent, forecast, weigh
-from sentinel.privacy.forecast import next_event, noise_multiplier_for, releases_left
+from sentinel.privacy.forecast import next_event, noise_multiplier_for, releases_left, steps_paid
 from sentinel.terms import Adjacency, Unit
 
 SITE = Promise(Unit.SITE, Adjacency.REPLACE, epsilon=4.0, delta=1e-5)
@@ -98,8 +98,9 @@ def test_the_next_training_takes_what_is_not_said_from_the_last_one() -> None:
     [
         (SITE, {"steps": 3}, "leave out --steps"),
         (SITE, {"sampling_rate": 0.1}, "leave out --steps"),
-        (PATIENT, {}, "name both, --steps and --sampling-rate"),
-        (PATIENT, {"steps": 3}, "name both"),
+        (PATIENT, {}, "name --steps and --sampling-rate"),
+        (PATIENT, {"steps": 3}, "name --sampling-rate"),
+        (PATIENT, {"sampling_rate": 0.1}, "name --steps"),
         (PATIENT, {"steps": 3, "sampling_rate": 0.0}, "above 0, up to 1"),
         (PATIENT, {"steps": 3, "sampling_rate": 1.5}, "above 0, up to 1"),
         (PATIENT, {"steps": 0, "sampling_rate": 0.5}, "steps are 1 or more"),
@@ -109,3 +110,32 @@ def test_the_next_training_takes_what_is_not_said_from_the_last_one() -> None:
 def test_a_training_that_cannot_be_planned_is_misuse(promise, options, says: str) -> None:
     with pytest.raises(MisuseError, match=says):
         next_event(promise, 1.0, [], **options)
+
+
+def test_the_first_step_that_costs_more_than_there_is_leaves_none() -> None:
+    promise = Promise(Unit.PATIENT, Adjacency.ADD_OR_REMOVE, epsilon=0.01, delta=1e-4)
+    found = steps_paid(promise, 1.2, 32 / 300)
+    assert (found.count, found.at_least) == (0, False)
+    assert found.spent.epsilon == weigh({one_step(1.2, 32 / 300): 1}, promise).epsilon > 0.5
+
+
+def test_as_many_steps_are_paid_as_the_ledger_charges() -> None:
+    found = steps_paid(PATIENT, 1.5, 0.02)
+    step = one_step(1.5, 0.02)
+    assert not found.at_least
+    assert found.count > 3
+    assert found.spent == weigh({step: found.count}, PATIENT)
+    assert found.spent.epsilon <= PATIENT.epsilon
+    assert weigh({step: found.count + 1}, PATIENT).epsilon > PATIENT.epsilon
+
+
+def test_a_great_many_steps_are_told_as_at_least_so_many() -> None:
+    """Counted by the quick accountant, so that the answer takes no longer than for few."""
+    found = steps_paid(PATIENT, 8.0, 0.02)
+    assert found.at_least
+    assert found.count > 5000
+    assert weigh({one_step(8.0, 0.02): found.count}, PATIENT).epsilon <= PATIENT.epsilon
+
+
+def one_step(z: float, rate: float) -> DpSgdEvent:
+    return training(z, rate, 1).model_copy(update={"log_ratio": 0.0, "mass": 0.0})
