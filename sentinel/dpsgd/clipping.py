@@ -190,9 +190,10 @@ class Outer:
     def squares(self) -> Tensor:
         """By inner products: |sum of b_r a_r|^2 = sum over r, s of (b_r b_s)(a_r a_s).
 
-        A bias is one more input, which is always 1.
+        A bias is one more input, which is always 1; a weight that is not summed here has none.
         """
-        inputs, grads = self._inputs, self._grads
+        grads = self._grads
+        inputs = self._inputs if self._weight is not None else self._inputs[:, :0]
         one = 0.0 if self._bias is None else 1.0
         own = inputs.square().sum(1).add_(one).mul_(grads.square().sum(1))
         if self._rows.alone:

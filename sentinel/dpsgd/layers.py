@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor, nn
 
+from sentinel.dpsgd.precision import EXACT
 from sentinel.errors import MisuseError
 
 if TYPE_CHECKING:
@@ -33,6 +34,11 @@ def is_outer(layer: nn.Module, inputs: Tensor) -> bool:
     return type(layer) is nn.Linear and inputs.dim() == 2  # noqa: PLR2004 - rows and features
 
 
+def works_along(layer: nn.Module) -> bool:
+    """Whether a layer works along a dimension that `require_along_records` has to look at."""
+    return type(layer) in _ALONG
+
+
 def is_lookup(layer: nn.Module) -> bool:
     """Whether each row's gradient touches few rows of the weight: an Embedding."""
     return type(layer) is nn.Embedding
@@ -45,14 +51,18 @@ def layers_to_tap(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         MisuseError: a layer mixes records, or its gradients cannot be told apart by record.
     """
     for name, layer in model.named_modules():
-        _require_separate(name, layer)
+        require_separate(name, layer)
         if own_parameters(layer):
             _require_supported(name, layer)
             yield name, layer
 
 
-def _require_separate(name: str, layer: nn.Module) -> None:
-    """Refuse what computes one record's output from other records."""
+def require_separate(name: str, layer: nn.Module) -> None:
+    """Refuse what computes one record's output from other records.
+
+    Raises:
+        MisuseError: and what to use in its place.
+    """
     where = f"Layer {name!r} is a {type(layer).__name__}"
     if isinstance(layer, nn.modules.batchnorm._BatchNorm):  # noqa: SLF001 - the base of every BatchNorm
         raise MisuseError(
@@ -74,16 +84,37 @@ def _require_separate(name: str, layer: nn.Module) -> None:
         raise MisuseError(f"{where}; pass the model itself, model.module.")
     if hasattr(layer, "_orig_mod"):
         raise MisuseError("The model is compiled; pass the model itself, before torch.compile.")
+    require_along_records(layer, None)
+    for tensor in (*layer._parameters.values(), *layer._buffers.values()):  # noqa: SLF001 - own ones only
+        if tensor is not None and tensor.is_floating_point() and tensor.dtype not in EXACT:
+            raise MisuseError(
+                f"{where} with values that are not float32 or float64, trained or frozen; convert "
+                "the model first: gradients in half precision are too coarse to be clipped exactly."
+            )
+
+
+def require_along_records(layer: nn.Module, dims: int | None) -> None:
+    """Refuse a layer that works along the first dimension, which is the records.
+
+    Args:
+        layer: any layer; of most kinds none does.
+        dims: dimensions of what goes in; None where it is not known yet.
+
+    Raises:
+        MisuseError: it does, as far as can be told.
+    """
+    dim = getattr(layer, _ALONG[type(layer)]) if type(layer) in _ALONG else 1
+    if dim is None and dims is not None:
+        dim = 0 if dims in (0, 1, 3) else 1  # what torch's softmax takes where none is named
+    if dim == 0 or (isinstance(dim, int) and dims is not None and dim + dims == 0):
+        raise MisuseError(
+            f"A {type(layer).__name__} of the model works along dimension 0, which is the records: "
+            "it would mix them. Name the dimension of the features (dim=1, or start_dim=1)."
+        )
 
 
 def _require_supported(name: str, layer: nn.Module) -> None:
     where = f"Layer {name!r} ({type(layer).__name__})"
-    for parameter in own_parameters(layer).values():
-        if parameter.dtype not in (torch.float32, torch.float64):
-            raise MisuseError(
-                f"{where} has parameters that are not float32 or float64; convert the model first: "
-                "gradients in half precision are too coarse to be clipped exactly."
-            )
     if next(layer.children(), None) is not None:
         raise MisuseError(
             f"{where} holds both parameters of its own and other layers, so that its gradients "
@@ -221,6 +252,15 @@ class _Alone(nn.Module):
         return out
 
 
+# Layers that work along a dimension, and what they call it.
+_ALONG: dict[type[nn.Module], str] = {
+    nn.Softmax: "dim",
+    nn.LogSoftmax: "dim",
+    nn.Softmin: "dim",
+    nn.GLU: "dim",
+    nn.Flatten: "start_dim",
+    nn.Unflatten: "dim",
+}
 _RULES: dict[type[nn.Module], Callable[[nn.Module, Tensor, Tensor, str], Tensor]] = {
     nn.Linear: _linear,
     nn.Conv1d: _convolution,

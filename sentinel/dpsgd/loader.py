@@ -20,6 +20,7 @@ from torch.utils.data import (
     default_collate,
 )
 
+from sentinel.dpsgd.collate import ByUnit, UnitCollate
 from sentinel.dpsgd.sampling import draw
 from sentinel.errors import MisuseError
 
@@ -48,6 +49,15 @@ class Piece:
     units: int
     last: bool
     left_out: int
+
+    def by_unit(self) -> list[list[int]]:
+        """The records of each unit."""
+        found: list[list[int]] = [[] for _ in range(self.units)]
+        for record, unit in zip(
+            self.records, self.rows.tolist(), strict=False
+        ):  # a blank's is none
+            found[unit].append(record)
+        return found
 
 
 def pieces(drawn: Drawn, most: int | None) -> list[Piece]:
@@ -89,7 +99,7 @@ class PrivateLoader:
         *,
         most: int | None,
         on_epoch: Callable[[int], None],
-        on_piece: Callable[[Piece], None],
+        on_piece: Callable[[Piece, Any], None],
     ) -> None:
         """Take over a loader's data set, collating and workers.
 
@@ -100,30 +110,23 @@ class PrivateLoader:
             entropy: where the coins come from.
             most: records in a piece; None for whole batches.
             on_epoch: called with the number of batches before any is drawn.
-            on_piece: called with each piece as it is given out.
+            on_piece: called with each piece, and what the loop is given for it.
 
         Raises:
             MisuseError: a record cannot be blanked.
         """
         self._rate, self._on_epoch, self._on_piece = rate, on_epoch, on_piece
-        self._batches = _Batches(units, rate, entropy, most)
-        generator = loader.generator
-        if generator is None:  # torch would draw the workers' seed from the global generator
-            generator = torch.Generator()
-            generator.manual_seed(int.from_bytes(os.urandom(7), "little"))
-        data: Any = loader.dataset
-        collate: Any = loader.collate_fn
-        of_none: Any = None
-        if type(data) is TensorDataset and collate is default_collate:
-            data, collate = _Table(data), list
-            of_none = _blank(data[0])  # a batch of one
-        else:
-            of_none = [_blank(data[0])]
+        generator = (
+            torch.Generator()
+        )  # for the workers' seed: not the loop's own, which may be known
+        generator.manual_seed(int.from_bytes(os.urandom(7), "little"))
+        data, collate, by_unit = _source(loader)
+        self._batches = _Batches(units, rate, entropy, most, by_unit=by_unit)
         self._dataset = loader.dataset
         self._inner = DataLoader(
             data,
             batch_sampler=self._batches,
-            collate_fn=_Collate(collate, of_none),
+            collate_fn=collate,
             num_workers=loader.num_workers,
             pin_memory=loader.pin_memory,
             timeout=loader.timeout,
@@ -154,23 +157,37 @@ class PrivateLoader:
         pending: deque[Piece] = deque()
         self._batches.pending = pending
         for data in self._inner:
-            self._on_piece(pending.popleft())
+            self._on_piece(pending.popleft(), data)
             yield data
+
+
+def _source(loader: DataLoader[Any]) -> tuple[Any, Any, bool]:
+    """A data set, how its records become a batch, and whether it is asked for them by unit."""
+    data, collate = loader.dataset, loader.collate_fn
+    if collate is not default_collate:
+        return ByUnit(data), UnitCollate(collate, _blank(data[0])), True
+    if type(data) is TensorDataset:
+        table = _Table(data)
+        return table, _Collate(list, _blank(table[0])), False  # a blank batch of one
+    return data, _Collate(default_collate, [_blank(data[0])]), False
 
 
 class _Batches:
     """Draws the batches, in this process whatever the workers do."""
 
-    def __init__(self, units: Units, rate: Rate, entropy: Entropy, most: int | None) -> None:
+    def __init__(
+        self, units: Units, rate: Rate, entropy: Entropy, most: int | None, *, by_unit: bool
+    ) -> None:
+        self._by_unit = by_unit
         self._units, self._rate, self._entropy, self._most = units, rate, entropy, most
         self.pending: deque[Piece] = deque()
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Any]]:
         pending = self.pending
         for _ in range(self._rate.steps):
             for piece in pieces(draw(self._units, self._rate, self._entropy), self._most):
                 pending.append(piece)
-                yield piece.records
+                yield piece.by_unit() if self._by_unit else piece.records
 
 
 class _Table:
@@ -187,7 +204,7 @@ class _Table:
 
 
 class _Collate:
-    """The loop's own collating; of no records, that of one blank record."""
+    """torch's own collating; of no records, that of one blank record."""
 
     def __init__(self, inner: Callable[[Any], Any], of_none: Any) -> None:  # noqa: ANN401 - whatever a record is
         self._inner, self._of_none = inner, of_none
@@ -219,7 +236,7 @@ def require_loader(loader: object) -> DataLoader[Any]:
     """The loader, if private batches can be drawn from its data set.
 
     Raises:
-        MisuseError: it is none, is a stream, is empty, or has an order of its own.
+        MisuseError: it is none, is a stream, is empty, has an order of its own, or no batches.
     """
     if not isinstance(loader, DataLoader):
         raise MisuseError(
@@ -233,8 +250,15 @@ def require_loader(loader: object) -> DataLoader[Any]:
         )
     if not len(loader.dataset):
         raise MisuseError("The loader's data set is empty.")
-    plain = loader.batch_sampler is None or type(loader.batch_sampler) is BatchSampler
-    if not plain or type(loader.sampler) not in (SequentialSampler, RandomSampler):
+    if loader.batch_sampler is None:
+        raise MisuseError(
+            "The loader gives single records (batch_size=None); private training gives batches. "
+            "Set a batch size, which only says how the records are put together."
+        )
+    if type(loader.batch_sampler) is not BatchSampler or type(loader.sampler) not in (
+        SequentialSampler,
+        RandomSampler,
+    ):
         raise MisuseError(
             "The loader has a sampler of its own, which private training cannot follow: each "
             "patient has the same chance in every batch. Leave the sampler out."

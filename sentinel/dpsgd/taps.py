@@ -8,17 +8,27 @@ layer (a weight that is used as a mere tensor, a penalty added to the loss) is t
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from sentinel.dpsgd.layers import is_lookup, layers_to_tap, own_parameters
+from sentinel.dpsgd.layers import (
+    is_lookup,
+    layers_to_tap,
+    own_parameters,
+    require_along_records,
+    works_along,
+)
+from sentinel.dpsgd.precision import require_full_products, require_no_autocast
 from sentinel.errors import MisuseError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+
+    from sentinel.dpsgd.chance import Chance
 
 # Layers whose backward pass does not need their output: it may be marked as written in place.
 _OUTPUT_UNUSED = (
@@ -85,21 +95,26 @@ class OpenBatch:
     Attributes:
         number: tells it from all others.
         rows: how many it has.
+        given: the tensors that the loader gave out for it.
         seen: rows that went through the model so far.
+        calls: turn and first row of each forward pass.
         captures: by layer, and by turn, place and use within a call.
     """
 
     number: int
     rows: int
+    given: tuple[Tensor, ...] = ()
     seen: int = 0
+    calls: set[tuple[int, int]] = field(default_factory=set)
     captures: dict[tuple[nn.Module, int, int, int], Capture] = field(default_factory=dict)
 
-    def call(self, rows: int) -> Call:
-        """The next forward pass over `rows` of its rows.
+    def call(self, inputs: Tensor) -> Call:
+        """The next forward pass, over as many of its rows as `inputs` has.
 
         Raises:
-            MisuseError: more rows than are left.
+            MisuseError: more rows than are left, or the batch's rows in another order.
         """
+        rows = len(inputs)
         turn, first = divmod(self.seen, max(1, self.rows))
         if first + rows > self.rows:
             raise MisuseError(
@@ -107,8 +122,38 @@ class OpenBatch:
                 f"{first + rows} rows, and the batch has {self.rows}. Run every record of the "
                 "batch through the model, in its order, and no others."
             )
+        for given in self.given:
+            if _is_reordered(given[first : first + rows], inputs, given):
+                raise MisuseError(
+                    "The rows of the batch came to the model in another order, some twice, or with "
+                    "some left out between. Rows are told apart by their place: run every record, "
+                    "in the order of the private loader; one that is not to count gets the weight "
+                    "0 in the loss."
+                )
         self.seen += rows
+        if rows:
+            self.calls.add((turn, first))
         return Call(self.number, turn, first, rows)
+
+    def require_whole(self) -> None:
+        """Refuse a step for which not every row went through the model and back.
+
+        Raises:
+            MisuseError: rows were left out, or a forward pass had no backward pass.
+        """
+        if not self.seen or self.seen % self.rows:
+            raise MisuseError(
+                "Not every record of the batch went through the model. Run them all, in the "
+                "order of the private loader: a record that is not to count (a missing label) is "
+                "kept and gets the weight 0 in the loss, "
+                "`(weight * loss_of_each).mean()` with NaN replaced first."
+            )
+        if self.calls != {(turn, first) for _, turn, first, _ in self.captures}:
+            raise MisuseError(
+                "A forward pass over records of the batch had no backward pass. Call backward() "
+                "on every one, also where its loss looks odd: to leave it out would be a choice "
+                "by the data. Evaluate under torch.no_grad()."
+            )
 
 
 class Taps:
@@ -119,15 +164,15 @@ class Taps:
         active: whether a forward pass is to be tapped at all.
     """
 
-    def __init__(self, model: nn.Module, *, mean_loss: bool) -> None:
-        """Set the taps.
+    def __init__(self, model: nn.Module, *, mean_loss: bool, chance: Chance | None = None) -> None:
+        """Set the taps; `chance` is where the model's own randomness comes from, torch's if None.
 
         Raises:
             MisuseError: a layer that private training refuses.
         """
         self.active = False
         self.batch: OpenBatch | None = None
-        self._mean_loss = mean_loss
+        self._mean_loss, self._chance = mean_loss, chance
         self._call: Call | None = None
         self._anchor = torch.zeros((), requires_grad=True)
         self._held: list[tuple[nn.Module, dict[str, nn.Parameter | None]]] = []
@@ -136,6 +181,8 @@ class Taps:
             model.register_forward_pre_hook(_Hook(self._begin), with_kwargs=True, prepend=True),
             model.register_forward_hook(_Hook(self._end), always_call=True),
         ]
+        for layer in filter(works_along, model.modules()):
+            self._handles.append(layer.register_forward_pre_hook(_Hook(self._along)))
         for layer in self._layers:
             self._handles += [
                 layer.register_forward_pre_hook(_Hook(self._before)),
@@ -144,17 +191,38 @@ class Taps:
 
     def remove(self) -> None:
         """Take the taps off."""
+        self.restore()
         for handle in self._handles:
             handle.remove()
 
+    def restore(self) -> None:
+        """Put back what a forward pass that was interrupted has left set aside."""
+        while self._held:
+            layer, parameters = self._held.pop()
+            layer._parameters.update(parameters)  # noqa: SLF001 - torch has no other way to set one aside
+        self._end()
+
     def _begin(self, _: nn.Module, args: Any, kwargs: Any) -> None:  # noqa: ANN401 - whatever the model takes
+        self.restore()
         if not (self.active and torch.is_grad_enabled()):
             return
-        rows = _rows(args, kwargs)
-        self._call = Call(None, 0, 0, rows) if self.batch is None else self.batch.call(rows)
+        inputs = _records(args, kwargs)
+        require_full_products(inputs.device)
+        if self.batch is None:
+            self._call = Call(None, 0, 0, len(inputs))
+            return
+        self._call = self.batch.call(inputs)
+        if self._chance is not None:
+            self._chance.begin(inputs.device)
 
     def _end(self, *_: object) -> None:
         self._call = None
+        if self._chance is not None:
+            self._chance.end()
+
+    def _along(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._call is not None and args and isinstance(args[0], Tensor):
+            require_along_records(layer, args[0].dim())
 
     def _before(self, layer: nn.Module, _: object) -> None:
         """Put the layer's parameters outside the graph."""
@@ -185,6 +253,7 @@ class Taps:
                 "training cannot tell its gradients apart by record."
             )
         _require_rows(layer, args[0], output, call.rows)
+        require_no_autocast(output)
         number, call.uses[layer] = call.uses[layer], call.uses[layer] + 1
         place = (self, call, layer, number)
         return _Tap.apply(output, self._anchor, args[0].detach(), place)  # type: ignore[no-untyped-call]
@@ -203,6 +272,7 @@ class Taps:
                 "round, one optimizer.step() for each; evaluate under torch.no_grad()."
             )
         inputs, grads = seen
+        require_no_autocast(grads)
         key = (layer, call.turn, call.first, use)
         known = batch.captures.get(key)
         if known is None:
@@ -255,23 +325,45 @@ class _Tap(torch.autograd.Function):
         return grad, None, None, None
 
 
-def _rows(args: Any, kwargs: Any) -> int:  # noqa: ANN401 - whatever the model takes
-    """How many records a call is about: the length of the first tensor in it."""
-    found = next(_tensors((args, kwargs)), None)
+def _records(args: Any, kwargs: Any) -> Tensor:  # noqa: ANN401 - whatever the model takes
+    """The records that a call is about: the first tensor in it."""
+    found = next(tensors_in((args, kwargs)), None)
     if found is None or found.dim() == 0:
         raise MisuseError("The model was called without a tensor whose first dimension is records.")
-    return len(found)
+    return found
 
 
-def _tensors(value: Any) -> Any:  # noqa: ANN401 - whatever the model takes
+def tensors_in(value: Any) -> Iterator[Tensor]:  # noqa: ANN401 - whatever the model takes
+    """The tensors in a batch or in the arguments of a call, in their order."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, dict):
+    elif isinstance(value, Mapping):
         for one in value.values():
-            yield from _tensors(one)
+            yield from tensors_in(one)
     elif isinstance(value, list | tuple):
         for one in value:
-            yield from _tensors(one)
+            yield from tensors_in(one)
+
+
+def _is_reordered(due: Tensor, inputs: Tensor, given: Tensor) -> bool:
+    """Whether `inputs` are rows of `given`, bit by bit, but not those that are due.
+
+    Rows that the loop has changed (augmented, scaled, moved to a GPU) cannot be recognised.
+    """
+    if (inputs.shape, inputs.dtype, inputs.device) != (due.shape, due.dtype, due.device):
+        return False
+    if inputs.data_ptr() == due.data_ptr() and inputs.stride() == due.stride():
+        return False
+    if inputs.device.type != "cpu" or not inputs.numel() or torch.equal(inputs, due):
+        return False
+    found = _rows_of(inputs)
+    return found != _rows_of(due) and set(found) <= set(_rows_of(given))
+
+
+def _rows_of(tensor: Tensor) -> list[int]:
+    """Each row by its bytes."""
+    flat = tensor.detach().contiguous().reshape(len(tensor), -1).view(torch.uint8)
+    return [hash(row.tobytes()) for row in flat.numpy()]
 
 
 def _require_rows(layer: nn.Module, inputs: Tensor, output: Tensor, rows: int) -> None:

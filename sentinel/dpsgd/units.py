@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, MappingView
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -116,6 +118,11 @@ class Units:
 
 def _codes(ids: Iterable[Hashable]) -> Whole:
     """Small whole numbers, the same for the same id."""
+    if isinstance(ids, Mapping | MappingView | AbstractSet):
+        raise MisuseError(
+            f"patients is a {type(ids).__name__}, which does not hold one id for each index of the "
+            "data set in its order; pass [ids[i] for i in range(len(dataset))]."
+        )
     if isinstance(ids, torch.Tensor):
         ids = ids.detach().cpu().numpy()
     if isinstance(ids, np.ndarray):

@@ -306,6 +306,37 @@ def test_records_that_cancel_do_not_slip_under_the_clip(clipper) -> None:
     assert float(found.values.norm()) <= 1.0
 
 
+class TiedButBias(nn.Module):
+    """Two layers with one weight and biases of their own."""
+
+    def __init__(self) -> None:
+        """Make the layers."""
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run it."""
+        return self.second(torch.tanh(self.first(x)))
+
+
+def bias_only() -> nn.Module:
+    model = mlp()
+    model[0].weight.requires_grad_(requires_grad=False)
+    model[2].weight.requires_grad_(requires_grad=False)
+    return model
+
+
+@pytest.mark.parametrize("units", [ALONE, GROUPS], ids=["records", "patients"])
+@pytest.mark.parametrize("make", [bias_only, TiedButBias])
+def test_a_weight_that_is_not_summed_there_does_not_count_in_the_norm(make, units) -> None:
+    """Else large inputs would clip a bias by a gradient that is not there."""
+    model, inputs = seeded(make), 30 * inputs_of((6,))
+    small = Clipper(clip_norm=0.5)
+    found = small.sum(model, inputs, units)
+    assert found.values.allclose(small.by_hand(model, inputs, units), rtol=1e-4, atol=2e-6)
+
+
 def test_the_bound_travels_with_the_sum(clipper) -> None:
     total = clipper.sum(seeded(mlp), inputs_of((6,)), ALONE)
     assert total.sensitivity(Adjacency.ADD_OR_REMOVE) == 1.0

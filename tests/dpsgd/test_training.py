@@ -665,6 +665,9 @@ class Mixed(nn.Module):
         (nn.Embedding(4, 4, max_norm=1.0), "Embedding"),
         (nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "Linear"),
         (nn.DataParallel(nn.Linear(4, 4)), "DataParallel"),
+        (nn.Softmax(dim=0), "dimension 0"),
+        (nn.LogSoftmax(dim=0), "dimension 0"),
+        (nn.Flatten(start_dim=0), "dimension 0"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
@@ -702,6 +705,7 @@ def test_a_loader_that_cannot_be_drawn_from_is_refused(tmp_path) -> None:
         (DataLoader(Stream(), batch_size=2), "stream"),
         (DataLoader(site.data, sampler=weighted), "sampler of its own"),
         (DataLoader(TensorDataset(torch.zeros(0, 13))), "empty"),
+        (DataLoader(site.data, batch_size=None), "batch_size=None"),
     ]:
         with pytest.raises(MisuseError, match=word):
             site.guard.private(model, optimizer, loader)

@@ -51,6 +51,10 @@ def test_records_are_grouped_by_any_kind_of_id(ids) -> None:
         ([1, 2, float("nan")], "without an id"),
         (["a", "b", ""], "without an id"),
         ("abc", "single text"),
+        ({0: "a", 1: "a", 2: "b"}, r"\[ids\[i\] for i in range\(len\(dataset\)\)\]"),
+        ({0: "a", 1: "a", 2: "b"}.keys(), "is a dict_keys"),
+        ({0: "a", 1: "a", 2: "b"}.values(), "is a dict_values"),
+        ({"a", "b", "c"}, "is a set"),
         ([[1], [2], [3]], "can be compared"),
         (np.zeros((3, 1)), "one-dimensional"),
         (np.array([0.5, 1.5, 2.5]), "whole numbers or texts"),
@@ -161,7 +165,7 @@ def loader(
         entropy,
         most=None,
         on_epoch=lambda _: None,
-        on_piece=seen.append,
+        on_piece=lambda piece, _: seen.append(piece),
     )
 
 
