@@ -30,7 +30,7 @@ _BLOCK = 1024
 _CANCELLATION = 2.0**-24  # of the square of the norm that the rows would have without cancelling
 _UNDERFLOW = 2.0**-126  # a float32 square that is smaller may count as 0
 _SUM_ERROR = 2.0**-12  # of the clip norm: error of the float64 sums of one batch
-_COMPANY = 2.0**-20  # of the clip norm, by expected unit: what others in the batch do to a gradient
+_COMPANY = 2.0**-17  # of the clip norm, by expected unit: what others in the batch do to a gradient
 
 
 @dataclass(frozen=True, slots=True)
