@@ -11,6 +11,7 @@ from sentinel.errors import MisuseError
 from sentinel.policy import LoadedPolicy, load_policy
 
 if TYPE_CHECKING:
+    import enum
     from pathlib import Path
 
 _LARGEST_NUMBER = 2**53
@@ -53,6 +54,19 @@ def require_whole(value: object, what: str) -> int:
     if not 0 <= number <= _LARGEST_NUMBER:
         raise MisuseError(f"{what} must be a number from 0 to 2**53.")
     return number
+
+
+def require_kind(kind: object) -> None:
+    """One of the two forms in which an update is released."""
+    if kind not in ("weights", "delta"):
+        raise MisuseError('kind must be "weights" or "delta".')
+
+
+def require_stage(stage: enum.Enum, *expected: enum.Enum) -> None:
+    """Refuse what does not come next; the value of a stage says in words where a round stands."""
+    if stage not in expected:
+        words = " or ".join(one.value for one in expected)
+        raise MisuseError(f"The round is {stage.value}; expected: {words}.")
 
 
 def require_number(value: object, name: str) -> float:

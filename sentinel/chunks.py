@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,13 +22,16 @@ def chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield from torch.split(tensor.view(-1), CHUNK)
 
 
-def sum_of_squares(tensor: torch.Tensor) -> float:
+def sum_of_squares(tensor: torch.Tensor, max_abs: float = math.inf) -> float:
     """Sum of squares of a contiguous floating tensor, accumulated in float64.
 
-    NaN or Inf anywhere gives a result that is not finite. Float32 input cannot overflow.
+    Values count as no larger than `max_abs`. NaN anywhere, or Inf without such a bound, gives a
+    result that is not finite. Float32 input cannot overflow.
     """
     total = torch.zeros((), dtype=torch.float64, device=tensor.device)
     for piece in chunks(tensor):
         wide = piece.double()
+        if math.isfinite(max_abs):
+            wide = wide.clamp(-max_abs, max_abs)  # float64 values are the tensor's own
         total += torch.dot(wide, wide)
     return float(total)

@@ -6,7 +6,7 @@ import contextlib
 import enum
 from typing import TYPE_CHECKING, Self
 
-from sentinel.arguments import require_number
+from sentinel.arguments import require_kind, require_number, require_stage
 from sentinel.audit import AlertEvent, RoundAborted, UpdateWithheld
 from sentinel.crew import few_threads
 from sentinel.durable import storage
@@ -88,7 +88,7 @@ class Round:
             RoundRefused: do not train on it.
             Withheld: whatever would be trained could not be released.
         """
-        self._require(_Stage.NEW)
+        require_stage(self._stage, _Stage.NEW)
         try:
             with storage():
                 base = self._own_base()
@@ -142,9 +142,8 @@ class Round:
             Withheld: nothing leaves; `.reason` says why.
             MisuseError: wrong order, or a local state where none (or one) was expected.
         """
-        self._require(_Stage.OPEN, _Stage.TRAINED, _Stage.RELEASED)
-        if kind not in ("weights", "delta"):
-            raise MisuseError('kind must be "weights" or "delta".')
+        require_stage(self._stage, _Stage.OPEN, _Stage.TRAINED, _Stage.RELEASED)
+        require_kind(kind)
         local = self._local(local_state)
         assert self._opened is not None  # noqa: S101 - follows from the stage
         try:
@@ -178,7 +177,7 @@ class Round:
             MisuseError: the round has not been released, or a metric that may leave is no finite
                 number.
         """
-        self._require(_Stage.RELEASED)
+        require_stage(self._stage, _Stage.RELEASED)
         policy = self._door.house.rules
         allowed = {
             name: require_number(value, name)
@@ -233,11 +232,6 @@ class Round:
             raise MisuseError("The round has no model; hand the local state to release().")
         require_state(local_state, "local_state")
         return lambda: local_state
-
-    def _require(self, *stages: _Stage) -> None:
-        if self._stage not in stages:
-            expected = " or ".join(stage.value for stage in stages)
-            raise MisuseError(f"The round is {self._stage.value}; expected: {expected}.")
 
     def _refuse(self, reason: Reason) -> None:
         self._stage = _Stage.REFUSED

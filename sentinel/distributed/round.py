@@ -17,6 +17,7 @@ import json
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self
 
+from sentinel.arguments import require_kind, require_stage
 from sentinel.distributed.peers import Order, Standing, Step
 from sentinel.errors import MisuseError, RoundRefused, SentinelError, Withheld, unforeseen
 from sentinel.terms import Reason
@@ -85,7 +86,7 @@ class Round:
             Withheld: RANKS_DISAGREE, RANK_LOST, or what a guard of one process would say.
             MisuseError: what a guard of one process would say.
         """
-        self._require(_Stage.NEW)
+        require_stage(self._stage, _Stage.NEW)
         with self._closing():
             self._agree_on_the_round()
             if self._led is None:
@@ -132,9 +133,8 @@ class Round:
             Withheld: nothing leaves; `.reason` says why, the same on every rank that lives.
             MisuseError: wrong order.
         """
-        self._require(_Stage.OPEN, _Stage.TRAINED, _Stage.RELEASED)
-        if kind not in ("weights", "delta"):
-            raise MisuseError('kind must be "weights" or "delta".')
+        require_stage(self._stage, _Stage.OPEN, _Stage.TRAINED, _Stage.RELEASED)
+        require_kind(kind)
         with self._closing():
             if self._stage is _Stage.OPEN:
                 self._end_block()
@@ -150,7 +150,7 @@ class Round:
 
     def metrics(self, values: Mapping[str, float]) -> dict[str, float]:
         """Those of `values` that the policy lets leave; on the leader, and none elsewhere."""
-        self._require(_Stage.RELEASED)
+        require_stage(self._stage, _Stage.RELEASED)
         return {} if self._led is None else self._led.metrics(values)
 
     def _agree_on_the_round(self) -> None:
@@ -251,11 +251,6 @@ class Round:
         self._stage = _Stage.CLOSED
         if self._led is not None:
             self._led.withhold(reason)
-
-    def _require(self, *stages: _Stage) -> None:
-        if self._stage not in stages:
-            expected = " or ".join(stage.value for stage in stages)
-            raise MisuseError(f"The round is {self._stage.value}; expected: {expected}.")
 
 
 def _require_same(said: list[Message], what: str, place: int = 0) -> None:

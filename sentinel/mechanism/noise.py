@@ -49,7 +49,7 @@ def treat_all_(
     """Carry out a recipe on each tensor, in place and on all cores; the new sums of squares.
 
     Args:
-        tensors: name -> contiguous, floating, any shape, one device.
+        tensors: name -> contiguous, floating, any shape.
         recipes: one for each name.
         entropy: every block of values draws from a branch of its own.
     """

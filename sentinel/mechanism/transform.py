@@ -6,9 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import torch
-
-from sentinel.chunks import chunks
+from sentinel.chunks import sum_of_squares
 from sentinel.mechanism.clip import clip_factor
 from sentinel.mechanism.grid import grid_step, rounding_reach
 from sentinel.mechanism.noise import treat_each
@@ -103,19 +101,11 @@ def _gridded(
 def _limited(update: Update, recipes: Mapping[str, Recipe]) -> dict[str, float]:
     """Sums of squares as they are once single values are bounded."""
     return {
-        name: _square_within(update.deltas[name], recipe.max_abs)
+        name: sum_of_squares(update.deltas[name], recipe.max_abs)
         if math.isfinite(recipe.max_abs)
         else update.squares[name]
         for name, recipe in recipes.items()
     }
-
-
-def _square_within(tensor: torch.Tensor, limit: float) -> float:
-    total = torch.zeros((), dtype=torch.float64, device=tensor.device)
-    for piece in chunks(tensor):
-        wide = piece.double().clamp_(-limit, limit)
-        total += torch.dot(wide, wide)
-    return float(total)
 
 
 def _missing_std(treatment: Treatment, base_std: float) -> float:

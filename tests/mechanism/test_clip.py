@@ -118,3 +118,10 @@ def test_sums_of_squares_are_accumulated_in_float64_over_chunks() -> None:
     )
     assert sum_of_squares(torch.zeros(0)) == 0.0
     assert not math.isfinite(sum_of_squares(torch.tensor([math.nan])))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_bounded_sum_of_squares_reads_the_values_and_leaves_them(dtype: torch.dtype) -> None:
+    tensor = torch.tensor([-5.0, 0.5, 2.0], dtype=dtype)
+    assert sum_of_squares(tensor, 1.0) == 2.25
+    assert tensor.tolist() == [-5.0, 0.5, 2.0]
