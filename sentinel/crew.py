@@ -36,16 +36,16 @@ class Span:
         return tensor.view(-1)[self.start : self.stop]
 
 
-def blocks(tensors: Mapping[str, torch.Tensor]) -> list[list[Span]]:
-    """Cut tensors into blocks of `BLOCK` values (the last one may hold fewer), in order.
+def blocks(sizes: Mapping[str, int]) -> list[list[Span]]:
+    """Cut tensors of so many values into blocks of `BLOCK` (the last one may hold fewer), in order.
 
     A large tensor is spread over several blocks; a block may hold many small ones. The cut depends
     on names and sizes alone, so that what is drawn for a block is the same on any machine.
     """
     cut: list[list[Span]] = []
     room = 0
-    for name, tensor in tensors.items():
-        start, size = 0, tensor.numel()
+    for name, size in sizes.items():
+        start = 0
         while start < size:
             if not room:
                 cut.append([])

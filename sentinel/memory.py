@@ -1,4 +1,4 @@
-"""Memory: room for tensors that goes back to the system when they are dropped.
+"""Memory: room for tensors, that goes back to the system when they are dropped.
 
 The allocator of the C library keeps what a large tensor leaves behind and, aligned as torch asks
 for it, often cannot use it again: after three releases a process held three updates. A map of its
@@ -9,17 +9,27 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+from typing import Protocol
 
 import torch
 
-_LARGE = 1 << 20  # bytes; below it the allocator does well
+LARGE = 1 << 20  # bytes; below it the allocator does well
 _HUGE_PAGES = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux has them
+
+
+class Rooms(Protocol):
+    """Where the memory of tensors comes from."""
+
+    def __call__(
+        self, shape: torch.Size, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> torch.Tensor:
+        """An uninitialised contiguous tensor."""
 
 
 def room(shape: torch.Size, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
     """An uninitialised contiguous tensor; a large one on the CPU has a memory map of its own."""
     size = shape.numel() * dtype.itemsize
-    if torch.device(device).type != "cpu" or size < _LARGE:
+    if torch.device(device).type != "cpu" or size < LARGE:
         return torch.empty(shape, dtype=dtype, device=device)
     own = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if _HUGE_PAGES is not None:

@@ -11,8 +11,9 @@
 8. Release.    Once; asked again, the stored bytes.
 
 Under a promise, steps 4 to 8 are given the output of step 2 alone (`Outgoing`); the raw update is
-overwritten in place by step 2 and is not reachable from them. Without one, they read the raw
-update, and nothing formal is promised. Every error withholds.
+not reachable from them. Without one, they read the raw update, and nothing formal is promised. A
+raw update is never held whole: it is computed from the two states, piece by piece, whenever it is
+read. Every error withholds.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from sentinel.audit import (
 )
 from sentinel.audit.records import SCORE_STEPS
 from sentinel.bounds import auto_norms, learn
-from sentinel.crew import one_thread
+from sentinel.crew import one_thread, share_out
 from sentinel.durable import storage
 from sentinel.errors import MisuseError, SentinelError, Withheld, unforeseen
 from sentinel.gate import gate, require_open, require_sound
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 
     from sentinel.detection import SensitivityScore
     from sentinel.house import House
+    from sentinel.memory import Rooms
     from sentinel.privacy import Event
     from sentinel.releases import RoundKey
 
@@ -293,9 +295,16 @@ def _base_mechanism(house: House, update: Update, event: Event) -> Outgoing:
     if privacy is None or privacy.unit is not Unit.SITE:
         return Outgoing(update, 0.0, event)
     mechanism = GaussianMechanism(privacy.clip_norm, privacy.noise_multiplier)
-    squares = mechanism.apply_(update.deltas, update.squares, house.entropy())
-    noised = replace(update, squares=squares)  # the raw sums go no further
-    return Outgoing(noised, mechanism.std, event)
+    noised, squares = mechanism.apply(
+        update.deltas, update.squares, house.entropy(), _rooms(house, update)
+    )
+    # The raw differences and their sums go no further.
+    return Outgoing(replace(update, deltas=noised, squares=squares), mechanism.std, event)
+
+
+def _rooms(house: House, update: Update) -> Rooms:
+    """Where a state of the model's size finds room."""
+    return house.releases.rooms(sum(value.nbytes for value in update.base.values()))
 
 
 def _charge(house: House, opened: PublicRound, event: Event) -> float:
@@ -343,7 +352,8 @@ def _transform(house: House, outgoing: Outgoing, plan: Plan, kind: Kind) -> tupl
     prepared = prepare(update, plan, base_std=outgoing.base_std)
     if not prepared.released:
         raise Withheld(Reason.NOTHING_LET_OUT, "Every parameter that could leave is withheld.")
-    return transform(update, prepared, kind=kind, entropy=house.entropy()), prepared
+    rooms = _rooms(house, update)
+    return transform(update, prepared, kind=kind, entropy=house.entropy(), rooms=rooms), prepared
 
 
 def _record(house: House, opened: PublicRound, decided: Decided, state: State, kind: Kind) -> None:
@@ -368,14 +378,25 @@ def _record(house: House, opened: PublicRound, decided: Decided, state: State, k
         clipped=None if promised else done.clipped,
         **_promised_to(decided.event),
     )
-    digest = model_digest(state)
-    house.releases.store(opened.key, state)
+    digest = _kept(house, opened.key, state)
     house.releases.end(
         opened.key, Ending(Fate.RELEASED, opened.global_model, released=digest, kind=kind)
     )
     house.write(UpdateReleased, round=opened.key.digest, released=digest)
     if house.rules.limits.keep_releases is not None:
         house.releases.keep_newest(house.rules.limits.keep_releases)
+
+
+def _kept(house: House, key: RoundKey, state: State) -> str:
+    """Write what leaves, durably, and hash it meanwhile; its digest."""
+    found: list[str] = []
+    work: list[Callable[[], None]] = [
+        lambda: house.releases.store(key, state),
+        lambda: found.append(model_digest(state)),
+    ]
+    share_out(work, lambda: lambda do: do())
+    (digest,) = found
+    return digest
 
 
 def _promised_to(event: Event) -> dict[str, object]:

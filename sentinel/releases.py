@@ -28,6 +28,7 @@ from sentinel.durable import (
     sync_folder,
 )
 from sentinel.errors import Withheld
+from sentinel.scratch import rooms_for
 from sentinel.terms import Reason
 from sentinel.update import model_digest
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from sentinel.memory import Rooms
     from sentinel.update import State
 
 
@@ -108,6 +110,10 @@ class Releases:
         """Write what will be released, durably."""
         named = {_stored_name(name): value for name, value in state.items()}
         write_tensors(self._path(key, "safetensors"), named)
+
+    def rooms(self, size: int) -> Rooms:
+        """Where `size` bytes of what may leave find room: in memory, or on disk."""
+        return rooms_for(size, self._folder)
 
     def load(self, key: RoundKey, ending: Ending) -> dict[str, torch.Tensor]:
         """The stored tensors of a released round.

@@ -108,6 +108,7 @@ class Reason(enum.StrEnum):
     TOO_SENSITIVE = "too-sensitive"
     WITHHELD_BY_RULE = "withheld-by-rule"
     NOTHING_LET_OUT = "nothing-let-out"
+    LOCAL_MODEL_CHANGED = "local-model-changed"
     INTERNAL_ERROR = "internal-error"
     # Several processes.
     RANK_LOST = "rank-lost"

@@ -26,16 +26,16 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch.nn.parameter import is_lazy
 
-from sentinel.chunks import CHUNK, chunks
-from sentinel.crew import blocks, share_out
 from sentinel.errors import MisuseError, Withheld
 from sentinel.memory import room
+from sentinel.source import Differences, Held
 from sentinel.terms import Reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
-    from sentinel.crew import Span
+    from sentinel.memory import Rooms
+    from sentinel.source import Source
 
 State = dict[str, torch.Tensor]
 Kind = Literal["weights", "delta"]
@@ -59,15 +59,15 @@ class Update:
     """What one round of training changed, and all that is needed to give it back.
 
     Attributes:
-        deltas: local - global for every parameter that may leave, contiguous, float32 or wider,
-            on the device of the local state. Owned by the update: mechanisms work in place.
+        deltas: local - global for every parameter that may leave, float32 or wider, on the device
+            of the local state; computed when it is read, or held where it carries noise.
         squares: sum of squares of each delta.
         aliases: name -> the name under which its tied tensor stands in `deltas`.
         base: the global state, borrowed and never written.
         roles: role of every entry, in the order of the global state.
     """
 
-    deltas: State
+    deltas: Source
     squares: dict[str, float]
     aliases: dict[str, str]
     base: Mapping[str, torch.Tensor]
@@ -94,7 +94,7 @@ class Update:
                 dropped before any norm. All of them where left out.
 
         Returns:
-            The update; its deltas are fresh memory.
+            The update. It borrows both states, which must not change until it was given back.
 
         Raises:
             Withheld: STRUCTURE_MISMATCH or NOT_FINITE, naming the entry.
@@ -106,29 +106,33 @@ class Update:
         leaving = set(names if let_out is None else let_out(names))
         leaving -= _touched_by(set(names) - leaving, aliases)
         chosen = [name for name in names if name in leaving and name not in aliases]
-        deltas, squares = _differences(chosen, local_state, global_state)
-        _require_measurable(squares)
+        deltas = Differences(chosen, local_state, global_state)
+        _require_measurable(deltas.squares)
         kept = {alias: name for alias, name in aliases.items() if alias in leaving}
-        return cls(deltas, squares, kept, global_state, roles)
+        return cls(deltas, deltas.squares, kept, global_state, roles)
 
     @property
     def coordinates(self) -> dict[str, int]:
         """Values behind each name that may leave; a tied name counts 0, its tensor is counted."""
-        return {name: delta.numel() for name, delta in self.deltas.items()} | dict.fromkeys(
-            self.aliases, 0
-        )
+        return self.deltas.sizes | dict.fromkeys(self.aliases, 0)
 
     def assembly(
-        self, released: Collection[str], *, noised: Collection[str] = (), kind: Kind = "weights"
+        self,
+        released: Collection[str],
+        *,
+        noised: Collection[str] = (),
+        kind: Kind = "weights",
+        rooms: Rooms = room,
     ) -> Assembly:
-        """Begin to give the update back as a state dict; uses up the deltas.
+        """Begin to give the update back as a state dict; uses up deltas that are held.
 
         Args:
             released: names in `deltas` that leave; all others go back as the global model has them.
             noised: those of them that carry noise.
             kind: "weights" (global + delta) or "delta".
+            rooms: where the memory of the state comes from.
         """
-        return Assembly(self, frozenset(released), frozenset(noised), kind)
+        return Assembly(self, frozenset(released), frozenset(noised), kind, rooms)
 
 
 class Assembly:
@@ -142,12 +146,17 @@ class Assembly:
     """
 
     def __init__(
-        self, update: Update, released: frozenset[str], noised: frozenset[str], kind: Kind
+        self,
+        update: Update,
+        released: frozenset[str],
+        noised: frozenset[str],
+        kind: Kind,
+        rooms: Rooms,
     ) -> None:
         """Made by `Update.assembly`."""
-        self._update, self._kind = update, kind
+        self._update, self._kind, self._rooms = update, kind, rooms
         self._released, self._noised = released, noised
-        self._out = {name: _room(update.deltas[name], update.base[name]) for name in released}
+        self._out = {name: self._room(name) for name in released}
         self._origins = {
             name: update.base[name].detach().to(out.device).contiguous().view(-1)
             for name, out in self._out.items()
@@ -179,16 +188,32 @@ class Assembly:
             if name in self._released:
                 state[name] = self._finished(name, base)
             elif original in self._released:
-                state[name] = state[original].clone()
+                state[name] = self._copy(state[original])
             else:
-                state[name] = _unchanged(base, self._kind)
+                state[name] = self._unchanged(base)
         return state
+
+    def _room(self, name: str) -> torch.Tensor:
+        """Memory for what leaves: the delta's own where it is held in the same dtype."""
+        deltas, base = self._update.deltas, self._update.base[name]
+        if isinstance(deltas, Held) and deltas[name].dtype == base.dtype:
+            return deltas[name]
+        return self._rooms(base.shape, base.dtype, deltas.device(name))
+
+    def _copy(self, value: torch.Tensor) -> torch.Tensor:
+        return self._rooms(value.shape, value.dtype, value.device).copy_(value.detach())
+
+    def _unchanged(self, base: torch.Tensor) -> torch.Tensor:
+        """The global model's own value, or no change."""
+        if self._kind == "delta":
+            return self._rooms(base.shape, base.dtype, base.device).zero_()
+        return self._copy(base)
 
     def _finished(self, name: str, base: torch.Tensor) -> torch.Tensor:
         out = self._out[name].view(base.shape).to(base.device)
         if name.rpartition(".")[2] == _VARIANCE and self._kind == "weights":
             positive = out.clamp(min=torch.finfo(out.dtype).tiny)
-            return torch.where(base > 0, positive, out)  # toward the global value, never past it
+            out.copy_(torch.where(base > 0, positive, out))  # toward the global value, not past it
         return out
 
 
@@ -282,67 +307,6 @@ def _touched_by(names: set[str], aliases: Mapping[str, str]) -> set[str]:
     return originals | {alias for alias, original in aliases.items() if original in originals}
 
 
-def _differences(
-    names: list[str],
-    local_state: Mapping[str, torch.Tensor],
-    global_state: Mapping[str, torch.Tensor],
-) -> tuple[State, dict[str, float]]:
-    """`local - global` as fresh contiguous memory, and its sums of squares, in one pass."""
-    local = {name: local_state[name].detach().contiguous() for name in names}
-    base = {name: global_state[name].detach() for name in names}
-    base = {name: value.to(local[name].device).contiguous() for name, value in base.items()}
-    deltas = {name: _room_for_both(local[name], base[name]) for name in names}
-
-    def start() -> Callable[[list[Span]], list[torch.Tensor]]:
-        devices = {delta.device for delta in deltas.values()}
-        wide = {at: torch.empty(CHUNK, dtype=torch.float64, device=at) for at in devices}
-
-        def subtract(spans: list[Span]) -> list[torch.Tensor]:
-            return [_subtract(span, deltas[span.name], local, base, wide) for span in spans]
-
-        return subtract
-
-    cut = blocks(deltas)
-    squares: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-    for spans, found in zip(cut, share_out(cut, start), strict=True):
-        for span, square in zip(spans, found, strict=True):
-            squares[span.name].append(square)
-    return deltas, {name: _finite_sum(name, parts) for name, parts in squares.items()}
-
-
-def _room_for_both(local: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-    wide = torch.float64 if torch.float64 in (local.dtype, base.dtype) else torch.float32
-    return room(local.shape, wide, local.device)
-
-
-def _subtract(
-    span: Span,
-    delta: torch.Tensor,
-    local: State,
-    base: State,
-    buffers: Mapping[torch.device, torch.Tensor],
-) -> torch.Tensor:
-    """Write one span of the difference; its sum of squares."""
-    total = torch.zeros((), dtype=torch.float64, device=delta.device)
-    triple = (span.of(delta), span.of(local[span.name]), span.of(base[span.name]))
-    for out, new, old in zip(*map(chunks, triple), strict=True):
-        torch.sub(new.to(out.dtype), old.to(out.dtype), out=out)
-        wide = buffers[out.device][: out.numel()].copy_(out)
-        total += torch.dot(wide, wide)
-    return total
-
-
-def _finite_sum(name: str, parts: list[torch.Tensor]) -> float:
-    square = math.fsum(map(float, parts))
-    if not math.isfinite(square):
-        raise Withheld(
-            Reason.NOT_FINITE,
-            f"Entry {name!r} holds values that are not finite (NaN or infinity), or too large to "
-            "measure; nothing was released. Check the training step for divergence.",
-        )
-    return square
-
-
 def _require_measurable(squares: Mapping[str, float]) -> None:
     """Refuse an update whose tensors are finite one by one, and not together."""
     try:
@@ -353,19 +317,6 @@ def _require_measurable(squares: Mapping[str, float]) -> None:
             "The update is too large to measure; nothing was released. Check the training step for "
             "divergence.",
         ) from None
-
-
-def _unchanged(base: torch.Tensor, kind: Kind) -> torch.Tensor:
-    """The global model's own value, or no change."""
-    whole = torch.contiguous_format
-    if kind == "delta":
-        return torch.zeros_like(base, memory_format=whole, requires_grad=False)
-    return base.detach().clone(memory_format=whole)
-
-
-def _room(delta: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-    """Memory for what leaves: the delta's own where the dtype is the same."""
-    return delta if delta.dtype == base.dtype else room(delta.shape, base.dtype, delta.device)
 
 
 def _settle(

@@ -636,7 +636,7 @@ def test_an_unforeseen_error_before_the_charge_is_charged_and_closes_the_round(
     def breaks(*_: object, **__: object) -> None:
         raise RuntimeError("7.25")
 
-    monkeypatch.setattr("sentinel.mechanism.gaussian.treat_all_", breaks)
+    monkeypatch.setattr("sentinel.mechanism.gaussian.treat_all", breaks)
     with pytest.raises(Withheld) as caught:
         rnd.release({name: value + 1 for name, value in start.items()})
     monkeypatch.undo()

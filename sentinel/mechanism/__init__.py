@@ -4,7 +4,7 @@ from sentinel.mechanism.clip import clip_factor
 from sentinel.mechanism.entropy import Entropy, SystemEntropy
 from sentinel.mechanism.gaussian import GaussianMechanism
 from sentinel.mechanism.grid import grid_step, rounding_reach
-from sentinel.mechanism.noise import add_noise_, treat_all_
+from sentinel.mechanism.noise import add_noise_, treat_all
 from sentinel.mechanism.recipe import Recipe
 from sentinel.mechanism.rounded_normal import slack
 from sentinel.mechanism.transform import Prepared, prepare, transform
@@ -22,5 +22,5 @@ __all__ = [
     "rounding_reach",
     "slack",
     "transform",
-    "treat_all_",
+    "treat_all",
 ]

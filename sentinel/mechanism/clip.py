@@ -28,18 +28,22 @@ def clip_factor(squares: Iterable[float], max_norm: float) -> float:
         ValueError: a norm that is not finite, or a bound that is not greater than 0.
 
     Guarantees:
-        float32 tensors times the factor, rounded to nearest, have a joint norm of at most max_norm.
+        float32 tensors times the factor, rounded to nearest, have a joint norm of at most max_norm,
+        where max_norm is 2^-100 or more (below, the smallest steps of float32 would count).
 
-        | norm        | factor |
-        |-------------|--------|
-        | 0           | 1      |
-        | 2^100 times the bound, and more | 0: the products would leave float32's range |
-        | NaN, Inf    | error  |
-        | no tensors  | 1      |
+    Edges:
+        a norm of 0, or no tensors:                factor 1
+        a norm of 2^100 bounds or more:            factor 0; the products would leave float32's
+                                                   range
+        a norm that is NaN, Inf or beyond float64: ValueError
+        a bound of 0, below 0, or NaN:             ValueError
     """
     if not max_norm > 0:
         raise ValueError("max_norm must be greater than 0")
-    norm = math.sqrt(math.fsum(squares))
+    try:
+        norm = math.sqrt(math.fsum(squares))
+    except OverflowError:
+        norm = math.inf
     if not math.isfinite(norm):
         raise ValueError("the norm to clip is not finite; check the update first")
     target = max_norm * _ROUNDING

@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING
 
 from sentinel.mechanism.clip import clip_factor
 from sentinel.mechanism.grid import grid_step, rounding_reach
-from sentinel.mechanism.noise import treat_all_
+from sentinel.mechanism.noise import treat_all
 from sentinel.mechanism.recipe import Recipe
+from sentinel.memory import room
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    import torch
-
     from sentinel.mechanism.entropy import Entropy
+    from sentinel.memory import Rooms
+    from sentinel.source import Held, Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,14 @@ class GaussianMechanism:
           the ledger derives the loss from the adjacency and the noise multiplier alone.
         - What is released is post-processing of the Gaussian mechanism with noise as far from ideal
           as `slack(coordinates)` says, which the ledger adds (docs/decisions/0003).
+
+    Edges:
+        `apply` to an update of zeros:              the noise alone
+        `apply` to an update without values:        nothing comes out, and nothing is drawn
+        a 0-d tensor:                               one coordinate
+        a norm over C:                              brought to C less the reach of the grid
+        a norm that is NaN, Inf or beyond float64:  ValueError; nothing is drawn
+        C or the multiplier 0, below 0, NaN or Inf: ValueError; nothing is drawn
     """
 
     clip_norm: float
@@ -44,25 +53,27 @@ class GaussianMechanism:
         """Standard deviation of the noise per coordinate."""
         return self.clip_norm * self.noise_multiplier
 
-    def apply_(
+    def apply(
         self,
-        deltas: Mapping[str, torch.Tensor],
+        deltas: Source,
         squares: Mapping[str, float],
         entropy: Entropy,
-    ) -> dict[str, float]:
-        """Clip and noise `deltas` in place; their new sums of squares.
+        rooms: Rooms = room,
+    ) -> tuple[Held, dict[str, float]]:
+        """Clip and noise `deltas`: what comes out, and its sums of squares.
 
         Args:
-            deltas: name -> contiguous, float32 or float64, any shape.
-            squares: sum of squares of each, before.
+            deltas: float32 or float64, any shapes; read only.
+            squares: sum of squares of each.
             entropy: where the noise comes from.
+            rooms: where the memory for the result comes from.
 
         Raises:
             ValueError: a sum of squares that is not finite, or a grid that cannot be had.
         """
-        coordinates = sum(delta.numel() for delta in deltas.values())
+        coordinates = sum(deltas.sizes.values())
         step = grid_step(self.clip_norm, coordinates, self.std)
         tightened = self.clip_norm - rounding_reach(step, coordinates)
         factor = clip_factor(squares.values(), tightened)
         recipe = Recipe(factor=factor, std=self.std, step=step)
-        return treat_all_(deltas, dict.fromkeys(deltas, recipe), entropy)
+        return treat_all(deltas, dict.fromkeys(deltas, recipe), entropy, rooms)

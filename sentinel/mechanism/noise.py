@@ -6,15 +6,18 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from sentinel.chunks import chunks
-from sentinel.crew import blocks, share_out
+from sentinel.crew import share_out
 from sentinel.mechanism.recipe import Recipe, Workspace
+from sentinel.memory import room
+from sentinel.source import Held
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from sentinel.crew import Span
     from sentinel.mechanism.entropy import Entropy
+    from sentinel.memory import Rooms
+    from sentinel.source import Source
 
 Taken = TypeVar("Taken")
 
@@ -32,41 +35,73 @@ def add_noise_(tensor: torch.Tensor, std: float, step: float, entropy: Entropy) 
     Guarantees:
         Those of `Workspace`; the sum is rounded once to the dtype of the tensor. `std` 0 leaves the
         tensor as it is. The draws are as far from ideal ones as `slack` says.
+
+    Edges:
+        std of 0:                          the tensor stays as it is
+        std below 0, or NaN:               ValueError; it stays as it is
+        a step that is no power of two:    ValueError
+        std under 2^10 or over 2^46 steps: ValueError
+        a 0-d tensor:                      one draw
+        an empty tensor:                   nothing is drawn
+        float16 or bfloat16:               the noise of float64, rounded once with the value
+        NaN or Inf among the values:       stays what it is; the others are noised
+        a tensor that is not contiguous:   RuntimeError; it stays as it is
     """
-    if std <= 0.0:
+    if std == 0.0:
         return
     flat = tensor.view(-1)
 
     def write(_: str, start: int, values: torch.Tensor) -> None:
         flat[start : start + values.numel()].copy_(values)
 
-    treat_each({"": tensor}, {"": Recipe(std=std, step=step)}, entropy, write)
+    treat_each(Held({"": tensor}), {"": Recipe(std=std, step=step)}, entropy, write)
 
 
-def treat_all_(
-    tensors: Mapping[str, torch.Tensor], recipes: Mapping[str, Recipe], entropy: Entropy
-) -> dict[str, float]:
-    """Carry out a recipe on each tensor, in place and on all cores; the new sums of squares.
+def treat_all(
+    source: Source, recipes: Mapping[str, Recipe], entropy: Entropy, rooms: Rooms = room
+) -> tuple[Held, dict[str, float]]:
+    """Carry out a recipe on each tensor, on all cores.
 
     Args:
-        tensors: name -> contiguous, floating, any shape.
+        source: the tensors; read only.
         recipes: one for each name.
         entropy: every block of values draws from a branch of its own.
+        rooms: where the memory for the results comes from.
+
+    Returns:
+        The results, in the dtypes of the source; and their sums of squares.
+
+    Guarantees:
+        Each result is what `Workspace` makes of the value, rounded once to its dtype, with a draw
+        of its own. The source is not written to. The sums of squares are those of the rounded
+        values.
+
+    Edges:
+        no tensors:                  nothing, and nothing is drawn
+        a name without a recipe:     is not read, and not among the results
+        an empty tensor:             an empty one, and a sum of 0
+        a 0-d tensor:                one draw
+        NaN or Inf among the values: stays what it is; that sum is not finite
     """
+    made = {
+        name: rooms(source.shapes[name], source.dtype(name), source.device(name))
+        for name in source
+        if name in recipes
+    }
 
     def keep(name: str, start: int, values: torch.Tensor) -> torch.Tensor:
-        flat = tensors[name].view(-1)[start : start + values.numel()]
-        values.copy_(flat.copy_(values))  # as it was rounded
+        place = made[name].view(-1)[start : start + values.numel()]
+        values.copy_(place.copy_(values))  # as it was rounded
         return torch.dot(values, values)
 
-    squares = dict.fromkeys(tensors, 0.0)
-    for name, parts in treat_each(tensors, recipes, entropy, keep).items():
+    squares = dict.fromkeys(made, 0.0)
+    for name, parts in treat_each(source, recipes, entropy, keep).items():
         squares[name] = float(torch.stack(parts).sum())
-    return squares
+    return Held(made), squares
 
 
 def treat_each(
-    tensors: Mapping[str, torch.Tensor],
+    source: Source,
     recipes: Mapping[str, Recipe],
     entropy: Entropy,
     take: Callable[[str, int, torch.Tensor], Taken],
@@ -74,8 +109,8 @@ def treat_each(
     """Carry out a recipe on each tensor, on all cores, and hand on what came out.
 
     Args:
-        tensors: name -> contiguous, floating, any shape; read only.
-        recipes: one for each name.
+        source: the tensors; read only.
+        recipes: one for each name that is read.
         entropy: every block of values draws from a branch of its own.
         take: called with a name, the place of the first value in the flattened tensor, and the
             values: float64, valid until it returns.
@@ -83,19 +118,19 @@ def treat_each(
     Returns:
         What `take` returned, by name, in the order of the values.
     """
-    work = [(block, entropy.branch()) for block in blocks(tensors)]
+    work = [(block, entropy.branch()) for block in source.blocks(recipes)]
 
     def start() -> Callable[[tuple[list[Span], Entropy]], list[tuple[str, Taken]]]:
-        workspaces = {tensor.device: Workspace(tensor.device) for tensor in tensors.values()}
+        workspaces = {at: Workspace(at) for at in set(map(source.device, recipes))}
 
         def treat(task: tuple[list[Span], Entropy]) -> list[tuple[str, Taken]]:
-            spans, source = task
+            spans, branch = task
             for workspace in workspaces.values():
-                workspace.begin(source, sum(span.stop - span.start for span in spans))
+                workspace.begin(branch, sum(span.stop - span.start for span in spans))
             done = []
             for span in spans:
                 at = span.start
-                for piece in chunks(span.of(tensors[span.name])):
+                for piece in source.pieces(span):
                     values = workspaces[piece.device].treat(piece, recipes[span.name])
                     done.append((span.name, take(span.name, at, values)))
                     at += piece.numel()

@@ -7,8 +7,8 @@ The numbers within 11 S of 0 are cut into *cells* of 2^w numbers, a hundredth of
 holds a *box*: a part of its probability that is the same for all its numbers, a whole multiple of
 2^-16 together, and nowhere more than the probability itself. A word of 64 random bits is one draw:
 
-- its upper 16 bits choose one of 2^16 *slots*. 99 in 100 belong to the box of a cell, and the low w
-  bits choose a number of that cell, each as likely as the other. This part is exact.
+- its upper 16 bits choose one of 2^16 *slots*. 99 in 100 belong to the box of a cell, and the next
+  w bits choose a number of that cell, each as likely as the other. This part is exact.
 - The other slots stand for the *rest*, what the boxes leave of the probability. A number is drawn
   from it by accept/reject: another word proposes one in the same way, from slots that give every
   cell a *lid*, the same for all its numbers and nowhere less than their rest. Then 128 random bits
@@ -38,10 +38,12 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from sentinel.mechanism.entropy import random_words
 from sentinel.terms import Slack
@@ -61,11 +63,13 @@ SMALLEST_SCALE = 2.0**10
 LARGEST_SCALE = 2.0**46  # 11 S stays below 2^50
 BIAS = 3 * 2.0**51  # in its binade floats are whole numbers, 2^51 to either side
 _SLOTS = 1 << 16
-_SLOT_SHIFT = np.uint64(48)
+_SLOT_BITS, _SLOT_SHIFT = np.uint64(16), np.uint64(48)
+_TOP = 3 if sys.byteorder == "little" else 0  # which quarter of a word holds its slot
+_WHOLE_COIN = np.uint64(1 << 54)  # as 64 bits: from here on 64 more cannot change what is read
 _FINEST = 128  # cells per S, at most; half as many at least
 _BELOW = 1.0 - 2.0**-30  # keeps a box under the probability, whatever float64 rounded
 _ABOVE = 1.0 + 2.0**-30  # keeps a lid over it
-_AHEAD = 4096  # proposals from the rest that are made at once, where many will be needed
+_AHEAD = 8192  # proposals from the rest that are made at once, where so many will be needed
 
 
 def slack(coordinates: int) -> Slack:
@@ -80,21 +84,16 @@ class RoundedNormal:
     Attributes:
         scale: S, the standard deviation in whole steps.
         bits: w; a cell holds 2^w numbers.
-        starts: first number of the cell of each slot, as the bits of BIAS + number, uint64 (2^16,).
+        cells: the cell of each slot, first number / 2^w, int16 (2^16,); 0 where it has none.
         boxes: how many slots belong to boxes; the others stand for the rest.
         rest: what the boxes leave.
     """
 
     scale: float
     bits: int
-    starts: NDArray[np.uint64]
+    cells: torch.Tensor
     boxes: int
     rest: Rest
-
-    @property
-    def low(self) -> np.uint64:
-        """The w lowest bits."""
-        return np.uint64((1 << self.bits) - 1)
 
     @classmethod
     def of(cls, scale: float) -> RoundedNormal:
@@ -111,57 +110,86 @@ class Rest:
     """What the boxes leave of the probability.
 
     Attributes:
-        cells: which cell each slot proposes, int64 (2^16,).
+        cells: which cell each slot proposes, counted from 0, int16 (2^16,).
         first: first number of each cell, int64 (cells,).
         box: probability of each number in the cell's box, float64 (cells,).
         lid: as much as the rest of any number in the cell, or more, float64 (cells,).
+        proposals: how many a draw takes on average: the probability of all lids together.
     """
 
-    cells: Wholes
+    cells: NDArray[np.int16]
     first: Wholes
     box: Floats
     lid: Floats
+    proposals: float
+
+
+class _Views:
+    """The first `count` places of a drawer's two buffers, in every way that it looks at them."""
+
+    def __init__(self, words: NDArray[np.int64], scratch: Floats, count: int) -> None:
+        """Views; nothing is copied."""
+        self.count = count
+        self.words = words[:count]
+        self.tops = self.words.view(np.uint16)[_TOP::4]
+        self.tops_in_torch = torch.from_numpy(self.tops.view(np.int16))
+        self.drawn = torch.from_numpy(self.words.view(np.float64))
+        self.slots = scratch.view(np.int32)[:count]
+        self.slots_in_torch = torch.from_numpy(self.slots)
+        self.in_rest = scratch.view(np.bool_)[4 * scratch.size :][:count]
 
 
 class Drawer:
-    """Draws up to `room` numbers at a time, in buffers that are used again.
+    """Draws up to `room` numbers at a time, in buffers that are used again: 16 bytes for each.
 
-    A number k is handed out as the float64 `BIAS + k`: there the low bits of the number are the
-    low bits of the float, so that putting the two together costs nothing.
+    A number k is handed out as the float64 `(k - BIAS) * step`. Floats next to one another are
+    `step` apart there, and their bits are whole numbers next to one another: taking k from the bits
+    of `-BIAS * step` is exact, and so is adding the outcome to a value that lies on the grid and
+    was moved by `BIAS * step`.
+
+    Attributes:
+        scratch: float64 (room,); for others to use between draws, each of which overwrites it.
     """
 
     def __init__(self, room: int) -> None:
         """Make the buffers."""
-        self._room = room
-        self._words = np.empty(room, np.uint64)
-        self._slots = np.empty(room, np.int64)
-        self._numbers = np.empty(room, np.uint64)
-        self._in_rest = np.empty(room, np.bool_)
+        self.scratch = np.empty(room)
+        self._words = np.empty(room, np.int64)
+        self._views = _Views(self._words, self.scratch, room)
 
-    def begin(self, entropy: Entropy) -> None:
-        """Draw from `entropy` from here on, and nothing that was drawn ahead from another."""
+    def begin(self, entropy: Entropy, values: int) -> None:
+        """Draw from `entropy` for the next so many values, and nothing drawn ahead from another."""
         self._entropy = entropy
+        self._expected = values
         self._ahead: dict[RoundedNormal, Wholes] = {}
 
-    def draw(self, tables: RoundedNormal, count: int) -> Floats:
-        """`count` independent numbers, each as BIAS + number: valid until the next call."""
-        words, slots = self._words[:count], self._slots[:count]
-        numbers, in_rest = self._numbers[:count], self._in_rest[:count]
-        self._entropy.fill(words.data)
-        np.right_shift(words, _SLOT_SHIFT, out=slots.view(np.uint64))
-        np.take(tables.starts, slots, out=numbers, mode="clip")  # never clips; "raise" would copy
-        np.bitwise_or(numbers, np.bitwise_and(words, tables.low, out=words), out=numbers)
-        missing = np.flatnonzero(np.greater_equal(slots, tables.boxes, out=in_rest))
-        drawn = numbers.view(np.float64)
-        if missing.size:
-            drawn[missing] = BIAS + self._from_rest(tables, missing.size, count)
-        return drawn
+    def draw(self, tables: RoundedNormal, count: int, step: float) -> torch.Tensor:
+        """`count` numbers, float64 (count,), each as (number - BIAS) * step: until the next call.
 
-    def _from_rest(self, tables: RoundedNormal, missing: int, count: int) -> Wholes:
+        The place of the slot, on top of a word, takes the number of the cell. The word is then read
+        as a signed whole number, and the shift that drops the bits below the w used ones leaves
+        cell * 2^w + the w bits.
+        """
+        if count != self._views.count:
+            self._views = _Views(self._words, self.scratch, count)
+        at = self._views
+        self._entropy.fill(at.words.data)
+        np.copyto(at.slots, at.tops)
+        missing = np.flatnonzero(np.greater_equal(at.slots, tables.boxes, out=at.in_rest))
+        torch.index_select(tables.cells, 0, at.slots_in_torch, out=at.tops_in_torch)
+        np.right_shift(at.words, 48 - tables.bits, out=at.words)
+        if missing.size:
+            at.words[missing] = self._from_rest(tables, missing.size)
+        self._expected -= count
+        np.subtract(np.float64(-BIAS * step).view(np.int64), at.words, out=at.words)
+        return at.drawn
+
+    def _from_rest(self, tables: RoundedNormal, missing: int) -> Wholes:
         """`missing` numbers of the rest: independent of where they will stand, so drawn ahead."""
         ahead = self._ahead.get(tables, np.empty(0, np.int64))
-        tries = max(2 * missing, _AHEAD if count == self._room else 0)
+        to_come = math.ceil(self._expected * tables.rest.proposals)
         while ahead.size < missing:
+            tries = max(2 * missing, min(to_come, _AHEAD))
             ahead = np.concatenate([ahead, _accepted(tables, tries, self._entropy)])
         self._ahead[tables] = ahead[missing:]
         return ahead[:missing]
@@ -169,22 +197,34 @@ class Drawer:
 
 def _accepted(tables: RoundedNormal, tries: int, entropy: Entropy) -> Wholes:
     """Those of `tries` proposals from the rest that are accepted."""
-    words, high, low = random_words(3 * tries, entropy).reshape(3, tries)
+    words, coins = random_words(2 * tries, entropy).reshape(2, tries)
     rest = tables.rest
-    cells = rest.cells[(words >> _SLOT_SHIFT).view(np.int64)]
-    numbers = rest.first[cells] | (words & tables.low).view(np.int64)
-    left = _probability(numbers, tables.scale) - rest.box[cells]
-    coin = high * 2.0**-64 + low * 2.0**-128
-    return np.asarray(numbers[coin * rest.lid[cells] < left], np.int64)
+    cells = rest.cells.take((words >> _SLOT_SHIFT).view(np.int64)).astype(np.int64)
+    within = (words << _SLOT_BITS) >> np.uint64(64 - tables.bits)
+    numbers = rest.first.take(cells) | within.view(np.int64)
+    left = _probability(numbers, tables.scale) - rest.box.take(cells)
+    return numbers.compress(_read(coins, entropy) * rest.lid.take(cells) < left)
+
+
+def _read(coins: NDArray[np.uint64], entropy: Entropy) -> Floats:
+    """Numbers in [0, 1) of 128 random bits, of which 64 are there: 53 bits from the leading one on.
+
+    The other 64 bits are drawn only where they can be seen: a float64 of 2^54 or more has neighbors
+    4 away, so that adding less than 1 leaves it as it is.
+    """
+    read = np.asarray(coins * 2.0**-64, np.float64)
+    small = np.flatnonzero(coins < _WHOLE_COIN)
+    read[small] += random_words(small.size, entropy) * 2.0**-128
+    return read
 
 
 def _probability(numbers: Wholes, scale: float) -> Floats:
     """P(round(S * N(0, 1)) = k), for S >= 2^10 and |k| <= 11 S."""
-    x = numbers / scale
-    square = x * x
-    narrow = 1.0 / (24.0 * scale * scale)
-    bend = (square - 1.0) * narrow + ((square - 6.0) * square + 3.0) * (0.3 * narrow * narrow)
-    density = np.exp(-0.5 * square) * (1.0 / (scale * math.sqrt(2.0 * math.pi)))
+    square = np.square(numbers / scale)
+    narrow = 1.0 / (24.0 * scale * scale)  # 0.3 narrow^2 = 1 / 1920 S^4
+    bend = square * (0.3 * narrow * narrow) + (narrow - 1.8 * narrow * narrow)
+    bend = bend * square + (0.9 * narrow * narrow - narrow)
+    density = np.exp(square * -0.5) * (1.0 / (scale * math.sqrt(2.0 * math.pi)))
     return np.asarray(density + density * bend)
 
 
@@ -200,16 +240,17 @@ def _tables(scale: float) -> RoundedNormal:
     width = float(1 << bits)
     filled = np.floor(_probability(far, scale) * (width * _SLOTS * _BELOW)).astype(np.int64)
     box = filled / (width * _SLOTS)
-    starts = np.full(_SLOTS, BIAS)
     boxes = int(filled.sum())
-    starts[:boxes] += np.repeat(first, filled)
-    rest = _rest(first, box, (_probability(near, scale) - box) * _ABOVE)
-    return RoundedNormal(scale, bits, starts.view(np.uint64), boxes, rest)
+    cells = np.zeros(_SLOTS, np.int16)
+    cells[:boxes] = np.repeat(first >> bits, filled)
+    rest = _rest(first, box, (_probability(near, scale) - box) * _ABOVE, width)
+    return RoundedNormal(scale, bits, torch.from_numpy(cells), boxes, rest)
 
 
-def _rest(first: Wholes, box: Floats, largest: Floats) -> Rest:
+def _rest(first: Wholes, box: Floats, largest: Floats, width: float) -> Rest:
     """Slots by the largest rest of each cell, rounded up; those that remain go to the first one."""
     unit = largest.sum() / (_SLOTS - largest.size)  # rounding up adds less than one slot per cell
     lids = np.ceil(largest / unit).astype(np.int64)
     lids[0] += _SLOTS - lids.sum()
-    return Rest(np.repeat(np.arange(first.size), lids), first, box, lids * unit)
+    cells = np.repeat(np.arange(first.size, dtype=np.int16), lids)
+    return Rest(cells, first, box, lids * unit, float(unit * _SLOTS * width))

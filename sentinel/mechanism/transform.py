@@ -7,16 +7,20 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sentinel.chunks import sum_of_squares
+from sentinel.crew import share_out
 from sentinel.mechanism.clip import clip_factor
 from sentinel.mechanism.grid import grid_step, rounding_reach
 from sentinel.mechanism.noise import treat_each
 from sentinel.mechanism.recipe import Recipe
+from sentinel.memory import room
 from sentinel.terms import Action, NormBound, Treatment
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from sentinel.crew import Span
     from sentinel.mechanism.entropy import Entropy
+    from sentinel.memory import Rooms
     from sentinel.terms import Plan
     from sentinel.update import Kind, State, Update
 
@@ -52,6 +56,17 @@ def prepare(update: Update, plan: Plan, *, base_std: float) -> Prepared:
     Guarantees:
         Every bound of the plan holds for the deltas before noise, the rounding to the grid counted
         in. The noise in a released tensor has at least the standard deviation of its treatment.
+
+    Edges:
+        an update of zeros, or without values:   nothing is clipped; noise as asked for
+        a norm under a bound that is not finite: ValueError
+        several bounds on one tensor:            the smallest factor
+        a bound on single values:                counts before the norm is taken
+        tied tensors:                            the strictest treatment and every bound of their
+                                                 names
+        noise that is there already:             what is missing of the treatment's is added, and no
+                                                 more
+        a tensor that is withheld:               no recipe
     """
     treatments = {name: _strictest(plan, name, update.aliases) for name in update.deltas}
     bounds = [_resolve(bound, update.aliases) for bound in plan.bounds]
@@ -69,14 +84,27 @@ def prepare(update: Update, plan: Plan, *, base_std: float) -> Prepared:
     )
 
 
-def transform(update: Update, prepared: Prepared, *, kind: Kind, entropy: Entropy) -> State:
+def transform(
+    update: Update, prepared: Prepared, *, kind: Kind, entropy: Entropy, rooms: Rooms = room
+) -> State:
     """Limit, clip, noise and mask what leaves, in this order, and give the update back.
 
-    Uses up the deltas. Noise and mask come from `entropy`; no value has a part in them.
+    Uses up deltas that are held. Noise and mask come from `entropy`; no value has a part in them.
+    The state's memory comes from `rooms`.
+
+    Guarantees:
+        Of each tensor leaves what its recipe makes of the delta, under the names, shapes and dtypes
+        of the global state. No value has a part in noise or mask.
+
+    Edges:
+        a tensor without a recipe:           the global model's value; 0 as a delta
+        without noise:                       rounded toward the global value: no difference grows
+        noise beyond the range of the dtype: the largest value of the dtype
+        an empty tensor:                     as it is
+        a tied tensor:                       the same values under each of its names
     """
-    assembly = update.assembly(prepared.released, noised=prepared.noised, kind=kind)
-    leaving = {name: update.deltas[name] for name in prepared.recipes}
-    treat_each(leaving, prepared.recipes, entropy, assembly.put)
+    assembly = update.assembly(prepared.released, noised=prepared.noised, kind=kind, rooms=rooms)
+    treat_each(update.deltas, prepared.recipes, entropy, assembly.put)
     return assembly.state()
 
 
@@ -87,7 +115,7 @@ def _gridded(
     base_std: float,
 ) -> dict[str, Recipe]:
     """Recipes without their factors; each grid is as fine as its noise and its own bounds ask."""
-    coordinates = sum(delta.numel() for delta in update.deltas.values())
+    coordinates = sum(update.deltas.sizes.values())
     recipes = {}
     for name, treatment in treatments.items():
         least = min((bound.max_norm for bound in bounds if name in bound.names), default=math.inf)
@@ -100,17 +128,27 @@ def _gridded(
 
 def _limited(update: Update, recipes: Mapping[str, Recipe]) -> dict[str, float]:
     """Sums of squares as they are once single values are bounded."""
-    return {
-        name: sum_of_squares(update.deltas[name], recipe.max_abs)
-        if math.isfinite(recipe.max_abs)
-        else update.squares[name]
-        for name, recipe in recipes.items()
+    limits = {
+        name: recipe.max_abs for name, recipe in recipes.items() if math.isfinite(recipe.max_abs)
     }
+
+    def measure(spans: list[Span]) -> list[tuple[str, float]]:
+        return [
+            (span.name, sum_of_squares(piece, limits[span.name]))
+            for span in spans
+            for piece in update.deltas.pieces(span)
+        ]
+
+    squares = {name: 0.0 if name in limits else update.squares[name] for name in recipes}
+    for found in share_out(update.deltas.blocks(limits), lambda: measure):
+        for name, square in found:
+            squares[name] += square
+    return squares
 
 
 def _missing_std(treatment: Treatment, base_std: float) -> float:
     """What has to be added to noise that is there already."""
-    return math.sqrt(max(0.0, treatment.noise_std**2 - base_std**2))
+    return math.sqrt(max(treatment.noise_std**2 - base_std**2, 0.0))  # NaN stays: it is refused
 
 
 def _strictest(plan: Plan, name: str, aliases: Mapping[str, str]) -> Treatment:
@@ -146,7 +184,5 @@ def _factors(
 
 def _reach(update: Update, recipes: Mapping[str, Recipe]) -> float:
     """How far rounding to the grids can move these tensors together, in L2."""
-    reaches = (
-        rounding_reach(recipe.step, update.deltas[name].numel()) for name, recipe in recipes.items()
-    )
-    return math.hypot(*reaches)
+    sizes = update.deltas.sizes
+    return math.hypot(*(rounding_reach(recipes[name].step, sizes[name]) for name in recipes))

@@ -16,8 +16,9 @@ from sentinel.mechanism import (
     clip_factor,
     grid_step,
     rounding_reach,
-    treat_all_,
+    treat_all,
 )
+from sentinel.source import Held
 
 
 def clip_to(max_norm: float, tensors: list[torch.Tensor]) -> float:
@@ -30,9 +31,8 @@ def clip_to(max_norm: float, tensors: list[torch.Tensor]) -> float:
 
 def treated(tensor: torch.Tensor, recipe: Recipe, entropy: object = None) -> torch.Tensor:
     """What a recipe makes of a copy."""
-    out = tensor.clone()
-    treat_all_({"t": out}, {"t": recipe}, entropy or SystemEntropy())
-    return out
+    made, _ = treat_all(Held({"t": tensor}), {"t": recipe}, entropy or SystemEntropy())
+    return made["t"]
 
 
 @given(

@@ -12,8 +12,10 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from sentinel.crew import BLOCK
-from sentinel.mechanism import Recipe, SystemEntropy, add_noise_, grid_step, treat_all_
+from sentinel.mechanism import Recipe, SystemEntropy, add_noise_, grid_step, treat_all
 from sentinel.mechanism.entropy import uniform
+from sentinel.mechanism.recipe import Workspace
+from sentinel.source import Held
 
 STEP = 2.0**-20
 
@@ -52,6 +54,56 @@ def test_value_and_noise_are_summed_exactly_and_rounded_once(fixed_entropy) -> N
     assert torch.equal(out, exact.float())
 
 
+@pytest.mark.parametrize("size", [7, 5000])
+def test_a_value_between_two_steps_is_rounded_alike_whatever_the_noise(
+    fixed_entropy, size: int
+) -> None:
+    """Halves go to even before the noise comes in; else the sum would show that there was one."""
+    halves = torch.tensor([-1.5, -0.5, 0.5, 1.5, 2.5], dtype=torch.float64)
+    for factor in (1.0, 0.5):
+        recipe = Recipe(factor=factor, std=1e-3, step=STEP)
+        noise = treat_all(Held({"": torch.zeros(size)}), {"": recipe}, fixed_entropy(4))[0][""]
+        for value, rounded in zip(halves, (-2, 0, 0, 2, 2), strict=True):
+            flat = torch.full((size,), float(value * STEP / factor), dtype=torch.float64)
+            drawn = treat_all(Held({"": flat}), {"": recipe}, fixed_entropy(4))[0][""]
+            assert torch.equal(drawn, noise.double() + rounded * STEP)
+
+
+def test_grids_of_two_widths_get_each_their_own_noise(fixed_entropy) -> None:
+    """As many steps wide on either, so that the tables are the same and the draws might be."""
+    steps = {"a": STEP, "b": 8 * STEP, "c": STEP}
+    recipes = {name: Recipe(std=2000 * step, step=step) for name, step in steps.items()}
+    tensors = {name: torch.zeros(20_000, dtype=torch.float64) for name in steps}
+    made, _ = treat_all(Held(tensors), recipes, fixed_entropy(3))
+    for name, step in steps.items():
+        whole = made[name] / step
+        assert torch.equal(whole, whole.round())
+        assert whole.std().item() == pytest.approx(2000, rel=0.03)
+
+
+def test_values_that_do_not_stay_leave_not_even_their_sign(fixed_entropy) -> None:
+    for recipe in (Recipe(keep=0.5), Recipe(keep=0.5, std=1e-3, step=STEP)):
+        made, _ = treat_all(Held({"": torch.full((1000,), -1.0)}), {"": recipe}, fixed_entropy(2))
+        dropped = made[""] == 0.0
+        assert 400 < dropped.sum().item() < 600
+        assert not torch.signbit(made[""][dropped]).any()
+
+
+@pytest.mark.parametrize("step", [0.0, -1.0, 0.75, 2.0**971, math.inf, math.nan])
+def test_a_grid_that_is_no_power_of_two_is_refused(step: float) -> None:
+    with pytest.raises(ValueError, match="power of two"):
+        Recipe(std=1.0, step=step)
+    assert Recipe(std=0.0, step=step).std == 0.0  # not used
+
+
+def test_the_buffers_of_a_thread_take_two_mebibytes() -> None:
+    """What a thread needs at all times, whatever the size of the update."""
+    workspace = Workspace(torch.device("cpu"))
+    drawer = workspace._drawer
+    assert workspace._wide.data_ptr() == drawer.scratch.ctypes.data  # one and the same
+    assert drawer.scratch.nbytes + drawer._words.nbytes == 2 << 20
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_every_dtype_gets_the_same_noise_rounded_once(dtype: torch.dtype, fixed_entropy) -> None:
     """Noise drawn in a narrow dtype would vanish, or take a handful of values."""
@@ -65,8 +117,8 @@ def test_every_value_of_many_blocks_and_tensors_gets_one_draw_of_its_own(fixed_e
     sizes = (3, BLOCK + 70_000, 0, 11, BLOCK)
     tensors = {str(size): torch.zeros(size) for size in sizes}
     recipes = dict.fromkeys(tensors, Recipe(std=1.0, step=STEP))
-    squares = treat_all_(tensors, recipes, fixed_entropy(6))
-    everything = torch.cat(list(tensors.values())).double()
+    made, squares = treat_all(Held(tensors), recipes, fixed_entropy(6))
+    everything = torch.cat([made[name].view(-1) for name in tensors]).double()
     assert everything.square().mean().item() == pytest.approx(1.0, abs=0.005)
     assert sum(squares.values()) == pytest.approx(everything.square().sum().item(), rel=1e-12)
     half = everything.numel() // 2
@@ -123,7 +175,7 @@ def test_the_global_generators_are_neither_read_nor_written() -> None:
         )
         tensor = torch.zeros(100)
         add_noise_(tensor, 1.0, STEP, SystemEntropy())
-        treat_all_({"t": tensor}, {"t": Recipe(keep=0.5)}, SystemEntropy())
+        treat_all(Held({"t": tensor}), {"t": Recipe(keep=0.5)}, SystemEntropy())
         assert torch.equal(torch.get_rng_state(), before[0])
         assert np.random.get_state()[1].tolist() == before[1]  # noqa: NPY002 - as above
         assert random.getstate() == before[2]

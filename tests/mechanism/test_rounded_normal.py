@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import mpmath
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from sentinel.crew import share_out
@@ -35,10 +36,11 @@ SLOTS = 1 << 16
 def numbers(scale: float, count: int, entropy: object) -> np.ndarray:
     """`count` draws, in whole steps."""
     drawer = Drawer(ROOM)
-    drawer.begin(entropy)
+    drawer.begin(entropy, count)
     tables = RoundedNormal.of(scale)
     drawn = [
-        drawer.draw(tables, min(ROOM, count - start)) - BIAS for start in range(0, count, ROOM)
+        drawer.draw(tables, min(ROOM, count - start), 1.0).numpy() + BIAS
+        for start in range(0, count, ROOM)
     ]
     return np.concatenate([np.empty(0), *drawn])
 
@@ -112,15 +114,38 @@ def test_no_box_exceeds_the_probability_and_no_rest_its_lid() -> None:
         assert 0.98 < tables.boxes / SLOTS < 1.0
 
 
+class Script:
+    """Only for testing! Gives the words that it was told, and no more."""
+
+    def __init__(self, words: np.ndarray) -> None:
+        """Keep the words, uint64 (n,)."""
+        self.words = words
+
+    def fill(self, buffer: memoryview) -> None:
+        """The next words."""
+        out = np.frombuffer(buffer, dtype=np.uint64)
+        given, self.words = np.split(self.words, [out.size])
+        out[:] = given
+
+
 def test_the_coin_is_read_from_its_leading_one_on() -> None:
-    """So that an acceptance as rare as 2^-83 keeps its probability to 2^-44 of itself."""
+    """So that an acceptance as rare as 2^-83 keeps its probability to 2^-44 of itself.
+
+    Where the second word is not drawn, whatever it could have been is met as well.
+    """
     generator = np.random.default_rng(0)
     high, low = generator.integers(0, 2**64, (2, 2000), dtype=np.uint64)
-    high[::2] = 0
-    coin = high * 2.0**-64 + low * 2.0**-128
+    high >>= np.tile(np.arange(8, 13, dtype=np.uint64), 400)  # to both sides of 2^54
+    high[::7] = 0
+    low[::3] = 2**64 - 1
+    script = Script(low[high < 2**54])
+    assert 0 < script.words.size < low.size
+    coin = module._read(high, script)
+    assert not script.words.size
     for a, b, value in zip(high.tolist(), low.tolist(), coin.tolist(), strict=True):
         exact = Fraction((a << 64) + b, 1 << 128)
         assert abs(Fraction(value) - exact) <= exact / 2**52
+    assert np.array_equal(coin, high * 2.0**-64 + low * 2.0**-128)
     smallest = min(
         float(module._probability(np.array([t.rest.first[0]]), t.scale)[0] / t.rest.lid[0])
         for t in (RoundedNormal.of(SMALLEST_SCALE), RoundedNormal.of(2.0**30))
@@ -166,10 +191,10 @@ def tail_counts(draws: int, beyond: list[float]) -> list[int]:
         drawer, tables = Drawer(ROOM), RoundedNormal.of(scale)
 
         def count(chunks: int) -> list[int]:
-            drawer.begin(SystemEntropy())
+            drawer.begin(SystemEntropy(), chunks * ROOM)
             found = [0] * len(beyond)
             for _ in range(chunks):
-                far = np.abs(drawer.draw(tables, ROOM) - BIAS)
+                far = np.abs(drawer.draw(tables, ROOM, 1.0).numpy() + BIAS)
                 far = far[far > beyond[0] * scale]
                 found = [
                     n + int((far > z * scale).sum()) for n, z in zip(found, beyond, strict=True)
@@ -203,21 +228,97 @@ def test_far_tails_have_their_rate() -> None:
     assert 6 <= far <= 40
 
 
-def test_the_ends_of_the_words_are_numbers_of_the_tables() -> None:
-    """All zeros is the first number of the first box; a low end of ones its last."""
+@pytest.mark.parametrize("scale", [SMALLEST_SCALE, 1449.17, LARGEST_SCALE])
+def test_the_ends_of_the_words_are_the_ends_of_their_cells(scale: float) -> None:
+    """Slot by slot: the w bits below it at zeros and at ones; what lies lower has no part."""
+    tables = RoundedNormal.of(scale)
+    slots = np.arange(tables.boxes).astype(np.uint64)
+    first = tables.rest.first[box_cells(tables)[slots.astype(np.int64)]]
+    place, unused = np.uint64(48), np.uint64((1 << (48 - tables.bits)) - 1)
+    within = np.uint64((1 << 48) - 1) - unused
+    for below, expected in (
+        (np.uint64(0), first),
+        (unused, first),
+        (within, first + (1 << tables.bits) - 1),
+        (within | unused, first + (1 << tables.bits) - 1),
+    ):
+        drawn = numbers(scale, slots.size, Script(slots << place | below))
+        assert np.array_equal(drawn, expected)
 
-    class Ends:
-        def __init__(self, word: int) -> None:
-            self.word = word
 
-        def fill(self, buffer: memoryview) -> None:
-            np.frombuffer(buffer, dtype=np.uint64)[:] = self.word
+@pytest.mark.parametrize("scale", [SMALLEST_SCALE, 1449.17, LARGEST_SCALE])
+def test_proposals_of_the_rest_fill_their_cells_and_a_coin_of_zero_takes_them(scale: float) -> None:
+    tables = RoundedNormal.of(scale)
+    slots = np.arange(SLOTS).astype(np.uint64) << np.uint64(48)
+    coins = np.zeros(SLOTS, np.uint64)
+    first = tables.rest.first[tables.rest.cells]
+    for below, expected in (0, first), (2**48 - 1, first + (1 << tables.bits) - 1):
+        script = Script(np.concatenate([slots | np.uint64(below), coins, coins]))
+        assert np.array_equal(module._accepted(tables, SLOTS, script), expected)
+        assert not script.words.size
 
+
+def test_the_first_slot_after_the_boxes_stands_for_the_rest() -> None:
+    """And the last one of them does not: it takes no further word."""
     tables = RoundedNormal.of(SMALLEST_SCALE)
-    first = int((tables.starts.view(np.float64)[0] - BIAS).item())
-    assert numbers(SMALLEST_SCALE, 3, Ends(0)).tolist() == [first] * 3
-    low = (1 << tables.bits) - 1
-    assert numbers(SMALLEST_SCALE, 3, Ends(low)).tolist() == [first + low] * 3
+    last = SLOTS - 1
+    further = [last << 48, last << 48, 0, 0, 0, 0]  # two proposals, their coins of two words each
+    words = [tables.boxes - 1 << 48], [tables.boxes << 48, *further]
+    cell = box_cells(tables)[-1], tables.rest.cells[last]
+    assert cell[0] != cell[1]
+    for given, expected in zip(words, cell, strict=True):
+        script = Script(np.array(given, np.uint64))
+        assert numbers(SMALLEST_SCALE, 1, script).tolist() == [tables.rest.first[expected]]
+        assert not script.words.size
+
+
+def box_cells(tables: RoundedNormal) -> np.ndarray:
+    """For each slot of a box, which cell it is, counted from 0: by the boxes' probabilities."""
+    width = 1 << tables.bits
+    counted = tables.rest.box * width * SLOTS
+    assert np.array_equal(counted, np.rint(counted))
+    return np.repeat(np.arange(counted.size), counted.astype(np.int64))
+
+
+def test_tables_made_in_inference_mode_serve_outside_it_as_well(fixed_entropy) -> None:
+    module._tables.cache_clear()
+    with torch.inference_mode():
+        inside = numbers(2.0**21, 1000, fixed_entropy(6))
+    assert np.array_equal(inside, numbers(2.0**21, 1000, fixed_entropy(6)))
+
+
+@pytest.mark.parametrize("step", [2.0**-1074, 2.0**-20, 2.0**970])
+def test_draws_are_whole_steps_of_any_grid(fixed_entropy, step: float) -> None:
+    tables = RoundedNormal.of(2.0**22)
+    outcomes = []
+    for width in (1.0, step):
+        drawer = Drawer(5000)
+        drawer.begin(fixed_entropy(4), 5000)
+        outcomes.append(drawer.draw(tables, 5000, width).numpy())
+    assert np.array_equal(outcomes[0] * step, outcomes[1])
+    assert np.unique(outcomes[1]).size > 4900
+
+
+def test_as_many_proposals_are_made_as_the_tables_say(fixed_entropy) -> None:
+    """For a hundred thousand draws: about a thousand accepted proposals of the rest."""
+    for scale in (SMALLEST_SCALE, 2047.9, 2.0**22):
+        tables = RoundedNormal.of(scale)
+        tries = round(10**5 * tables.rest.proposals)
+        accepted = module._accepted(tables, tries, fixed_entropy(5)).size
+        expected = 10**5 * (1.0 - tables.boxes / SLOTS)
+        assert abs(accepted - expected) < 5 * math.sqrt(expected)
+
+
+def test_what_is_drawn_ahead_from_one_source_is_not_used_for_another(fixed_entropy) -> None:
+    """Else the noise of a block would depend on what the same thread did before."""
+    tables, outcomes = RoundedNormal.of(2.0**22), []
+    for before in (0, 1):
+        drawer = Drawer(ROOM)
+        for source in [fixed_entropy(8)] * before + [fixed_entropy(9)]:
+            drawer.begin(source, ROOM)
+            drawn = drawer.draw(tables, ROOM, 1.0).numpy().copy()
+        outcomes.append(drawn)
+    assert np.array_equal(*outcomes)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, ROOM, ROOM + 1])

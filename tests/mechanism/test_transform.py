@@ -9,6 +9,7 @@ import torch
 
 from sentinel.chunks import sum_of_squares
 from sentinel.mechanism import GaussianMechanism, Prepared, prepare, transform
+from sentinel.source import Held
 from sentinel.terms import Action, NormBound, Plan, Treatment
 from sentinel.update import Role, Update
 
@@ -24,7 +25,7 @@ def run(
     squares = {name: sum_of_squares(delta) for name, delta in deltas.items()}
     base = {name: torch.zeros_like(delta) for name, delta in deltas.items()}
     roles = dict.fromkeys(deltas, Role.PARAMETER)
-    update = Update(deltas, squares, aliases or {}, base, roles)
+    update = Update(Held(deltas), squares, aliases or {}, base, roles)
     prepared = prepare(update, plan, base_std=base_std)
     deltas.update(transform(update, prepared, kind="delta", entropy=entropy))
     return prepared
@@ -113,10 +114,11 @@ def test_the_stricter_treatment_of_a_tied_name_counts(fixed_entropy) -> None:
 def test_the_base_mechanism_clips_to_the_grid_and_adds_its_noise(fixed_entropy) -> None:
     deltas = {"a": torch.full((50_000,), 3.0), "b": torch.tensor(3.0)}
     squares = {name: sum_of_squares(delta) for name, delta in deltas.items()}
-    GaussianMechanism(clip_norm=2.0, noise_multiplier=0.5).apply_(deltas, squares, fixed_entropy(4))
-    assert deltas["a"].std().item() == pytest.approx(1.0, rel=0.02)
+    mechanism = GaussianMechanism(clip_norm=2.0, noise_multiplier=0.5)
+    noised, _ = mechanism.apply(Held(deltas), squares, fixed_entropy(4))
+    assert noised["a"].std().item() == pytest.approx(1.0, rel=0.02)
     expected = 2.0 / math.sqrt(50_001)
-    assert deltas["a"].mean().item() == pytest.approx(expected, abs=0.02)
+    assert noised["a"].mean().item() == pytest.approx(expected, abs=0.02)
 
 
 @pytest.mark.parametrize("shape", ["one huge value", "dense", "many tensors", "within"])
@@ -137,9 +139,9 @@ def test_the_base_mechanism_moves_the_noise_by_no_more_than_the_clip_norm(
     raw = math.sqrt(sum(squares.values()))
     nothing = {name: torch.zeros_like(delta) for name, delta in deltas.items()}
     mechanism = GaussianMechanism(clip_norm, noise_multiplier=1.0)
-    mechanism.apply_(deltas, squares, fixed_entropy(6))
-    mechanism.apply_(nothing, dict.fromkeys(nothing, 0.0), fixed_entropy(6))
-    moved = math.sqrt(sum(sum_of_squares(deltas[name] - nothing[name]) for name in deltas))
+    noised, _ = mechanism.apply(Held(deltas), squares, fixed_entropy(6))
+    bare, _ = mechanism.apply(Held(nothing), dict.fromkeys(nothing, 0.0), fixed_entropy(6))
+    moved = math.sqrt(sum(sum_of_squares(noised[name] - bare[name]) for name in deltas))
     assert moved <= clip_norm * (1 + 1e-12)
     assert moved >= 0.999 * min(raw, clip_norm) - clip_norm * 2**-11
 
@@ -147,8 +149,8 @@ def test_the_base_mechanism_moves_the_noise_by_no_more_than_the_clip_norm(
 def test_an_all_zero_update_still_gets_noise(fixed_entropy) -> None:
     deltas = {"a": torch.zeros(1000), "none": torch.zeros(0)}
     squares = {"a": 0.0, "none": 0.0}
-    GaussianMechanism(1.0, 1.0).apply_(deltas, squares, fixed_entropy(5))
-    assert deltas["a"].std().item() == pytest.approx(1.0, rel=0.1)
+    noised, _ = GaussianMechanism(1.0, 1.0).apply(Held(deltas), squares, fixed_entropy(5))
+    assert noised["a"].std().item() == pytest.approx(1.0, rel=0.1)
 
 
 def test_a_tight_bound_on_one_tensor_leaves_the_grid_of_the_others_alone(fixed_entropy) -> None:

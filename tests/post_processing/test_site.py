@@ -1,4 +1,4 @@
-"""Under a promise, nothing after the base mechanism looks at anything but what it put out.
+"""Under a site's promise, nothing after the base mechanism looks at anything but what it put out.
 
 Two hospitals whose raw updates differ are given noise that makes the noised updates equal. With the
 same clock, names and later random bits, every byte that leaves or is written must be the same.
@@ -7,15 +7,8 @@ same clock, names and later random bits, every byte that leaves or is written mu
 from __future__ import annotations
 
 import dataclasses
-import datetime as dt
 import inspect
-import io
 import math
-import re
-import types
-from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,11 +16,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from left_behind import RULES, Left, ScriptedEntropy, Site, fixed_house, require_same
 
-from sentinel import Guard, release
-from sentinel.errors import Withheld
+from sentinel import release
 from sentinel.mechanism import clip_factor, grid_step, rounding_reach
-from sentinel.mechanism.rounded_normal import BIAS, RoundedNormal
 from sentinel.release import Outgoing, PublicRound
 from sentinel.terms import Reason
 
@@ -40,14 +32,6 @@ if TYPE_CHECKING:
 SHAPES = {"first.weight": (12, 10), "first.bias": (12,), "last.weight": (3, 12), "temperature": ()}
 COORDINATES = sum(math.prod(shape) for shape in SHAPES.values())
 CLIP, MULTIPLIER = 1.0, 4.0
-RULES = {
-    "plain": "",
-    "sensitive": '[[rule]]\nid = "calm"\nwhen = { sensitivity = 0.1 }\nnoise_ratio = 500.0\n',
-    "masked": '[[rule]]\nid = "mask"\nwhen = { sensitivity = 0.0 }\nkeep = 0.5\nmax_abs = 3.0\n',
-    "spent": '[[rule]]\nid = "spent"\nwhen = { budget_spent = 0.3 }\nnoise_ratio = 90.0\n',
-    "withheld": '[[rule]]\nid = "stop"\nwhen = { sensitivity = 0.2 }\naction = "withhold-update"\n',
-    "partly": '[[rule]]\nid = "head"\nmatch = ["last.*"]\naction = "withhold"\n',
-}
 
 
 def policy_text(rules: str) -> str:
@@ -66,46 +50,6 @@ metrics = ["num-examples"]
 [[rule]]
 id = "baseline"
 {RULES[rules]}"""
-
-
-class ScriptedEntropy:
-    """Only for testing! Words that make the base mechanism draw given numbers."""
-
-    def __init__(self, numbers: np.ndarray, step: float) -> None:
-        """Keep the numbers, whole steps of the grid."""
-        self.words = words_for(numbers, step)
-
-    def fill(self, buffer: memoryview) -> None:
-        """Give the next words: one for each coordinate, and no more than there are."""
-        out = np.frombuffer(buffer, dtype=np.uint64)
-        given, self.words = np.split(self.words, [out.size])
-        out[:] = given
-
-    def branch(self) -> ScriptedEntropy:
-        """The same: there is one block."""
-        return self
-
-
-def words_for(numbers: np.ndarray, step: float) -> np.ndarray:
-    """One word for each number: the slot of its cell above, its place in the cell below."""
-    tables = RoundedNormal.of(CLIP * MULTIPLIER / step)
-    starts = (tables.starts.view(np.float64)[: tables.boxes] - BIAS).astype(np.int64)
-    cells = (numbers >> tables.bits) << tables.bits
-    slots = np.searchsorted(starts, cells)
-    assert (starts[slots] == cells).all()  # farther out is the rest, which no single word gives
-    return (slots.astype(np.uint64) << np.uint64(48)) | (numbers - cells).astype(np.uint64)
-
-
-@dataclass(frozen=True)
-class Left:
-    """All that a round left behind: what left, and what was written."""
-
-    released: dict[str, bytes] | None
-    reason: tuple[Reason, str] | None
-    metrics: dict[str, float]
-    files: dict[str, bytes]
-    charges: list[object]
-    alerts: str
 
 
 def update_of(generator: np.random.Generator, kind: str) -> State:
@@ -163,38 +107,16 @@ def looked_at(settled: Callable[..., release.Released]) -> Callable[..., release
 
 def run(rules: str, raw: State, noise: np.ndarray, later: Entropy) -> Left:
     """Take raw update and noise through a whole round, in a state folder of its own."""
-    clock = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
-    fixed = types.SimpleNamespace(datetime=types.SimpleNamespace(now=lambda _: clock), UTC=dt.UTC)
-    scripted, told = ScriptedEntropy(noise, step_of(rules)), io.StringIO()
-    sources = iter([scripted, later])
+    scripted = ScriptedEntropy(noise, CLIP * MULTIPLIER / step_of(rules))
     base = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in SHAPES.items()}
-    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sentinel.guard.dt", fixed)
-        patch.setattr("sentinel.guard.secrets.token_hex", lambda size: "ab" * size)
-        patch.setattr("sentinel.guard.SystemEntropy", lambda: next(sources))
+    with fixed_house(iter([scripted, later])) as (folder, patch):
         patch.setattr("sentinel.release._settled", looked_at(release._settled))
-        policy = Path(folder) / "policy.toml"
-        policy.write_text(policy_text(rules))
-        guard = Guard(policy, Path(folder) / "state", unsafe_skip_inspection=True, alerts=told)
-        released, reason, metrics = None, None, {}
-        try:
-            with guard.round(1, base) as opened:
-                pass
-            state = opened.release(raw)
-            released = {name: value.numpy().tobytes() for name, value in state.items()}
-            private = float(raw["temperature"])
-            metrics = opened.metrics({"num-examples": private, "loss": private})
-        except Withheld as error:
-            reason = (error.reason, str(error))
-        written = {
-            str(path.relative_to(folder)): path.read_bytes()
-            for path in sorted(Path(folder).rglob("*"))
-            if path.is_file() and "ledger" not in path.name and "references" not in str(path)
-        }
-        charges = guard._state.ledger.rows()
-    assert not scripted.words.size  # one draw for each coordinate that gets noise
-    alerts = re.sub(r"timestamp=\S+", "", told.getvalue())
-    return Left(released, reason, metrics, written, charges, alerts)
+        site = Site(folder, policy_text(rules))
+        with site.guard.round(1, base) as opened:
+            pass
+        site.release(opened, float(raw["temperature"]), raw)
+        assert not scripted.words.size  # one draw for each coordinate that gets noise
+        return site.left()
 
 
 KINDS = ("dense", "one record", "one value", "nothing")
@@ -228,8 +150,7 @@ def test_what_leaves_and_what_is_written_depends_on_the_noised_update_alone(
     noise = np.rint(drawn * CLIP * MULTIPLIER / step_of(rules)).astype(np.int64)
     one = run(rules, first, noise, fixed_entropy(seed))
     other = run(rules, second, noise + before - after, fixed_entropy(seed))
-    for field in dataclasses.fields(Left):
-        assert getattr(one, field.name) == getattr(other, field.name), field.name
+    require_same(one, other)
     assert len(one.charges) == 1
     assert one.files
     assert (one.released is None) == (one.reason is not None)
