@@ -1,5 +1,6 @@
 """Features: content-free statistics of the tensors of an update.
 
+Tensors of one shape are measured together; a large one is read in pieces, and most of it once.
 None of them is a value of the update or depends on its overall size, so neither the learning rate
 nor a clip changes them. A weight and its bias are read together: for one record, a dense layer's
 weight update is its bias update times the record.
@@ -7,30 +8,34 @@ weight update is its bias update times the record.
 
 from __future__ import annotations
 
+import itertools
 import math
-from dataclasses import dataclass, fields
+import threading
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from sentinel.chunks import CHUNK, chunks
 from sentinel.crew import share_out
-from sentinel.detection.layers import bias_name, wide
+from sentinel.detection.layers import bias_name, wide_type
+from sentinel.detection.stack import GROUP, Stack, largest
+from sentinel.detection.survey import (
+    MOST_ROWS,
+    SKETCH,
+    Batch,
+    Survey,
+    matrix_features,
+    vector_features,
+)
 from sentinel.errors import Withheld
+from sentinel.source import Desk
 from sentinel.terms import Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
 FEATURE_VERSION = 1
-SKETCH = 32  # columns of the random projection in which rank is measured
-MOST_ROWS = 512  # rows that are compared with each other
-MOST_VALUES = 1 << 19  # values read for the moments of one tensor
-TWIN = 1e-4  # 1 - |cosine| below which two rows hold the same record
-FAINT = 1e-3  # beside the largest row or the root mean square: no more than rounding
-FLOOR = -6.0  # log10 of the energy share below which rounding speaks
-_TINY = 1e-30
 _SAFE = (1e-6, 1e15)  # norms at which float32 holds all squares, and no row is taken for zero
 
 
@@ -105,8 +110,10 @@ def update_features(deltas: Mapping[str, Tensor], generator: torch.Generator) ->
     """Measure an update.
 
     Args:
-        deltas: name -> difference, any shape; never written.
-        generator: draws sketches and sampled rows; a CPU generator of the caller.
+        deltas: name -> difference, any shape; never written. Each is asked for once, when it is
+            measured, and few are held at a time; where `deltas` has an attribute `shapes`
+            (name -> shape), none is asked for its shape.
+        generator: draws sketches; a CPU generator of the caller.
 
     Raises:
         Withheld: NOT_FINITE, naming the entry.
@@ -115,175 +122,241 @@ def update_features(deltas: Mapping[str, Tensor], generator: torch.Generator) ->
         One entry per tensor (a bias with its weight), in the order of the sorted names. Tensors
         of no value, and zero ones, are left out: they tell nothing.
     """
-    paired = {bias_name(name): name for name in deltas if _pairs(name, deltas)}
-    names = [name for name in sorted(deltas) if name not in paired and deltas[name].numel()]
-    sketches = [_projection(deltas[name], generator) for name in names]
+    shapes = getattr(deltas, "shapes", None)
+    if shapes is None:
+        shapes = {name: delta.shape for name, delta in deltas.items()}
+    entries = _entries(shapes)
+    sketched = _windows([entry for entry in entries if entry.drawing])
+    plain = sorted((entry for entry in entries if not entry.drawing), key=_Entry.form)
+    draws = _Draws(generator)
 
-    def measure(task: tuple[str, Tensor | None]) -> Measured | None:
-        name, sketch = task
-        other = bias_name(name)
-        bias = deltas[other] if paired.get(other) == name else None
-        return _measure(name, deltas[name], bias, other, sketch)
+    def start() -> Callable[[tuple[int | None, list[_Entry]]], list[Measured]]:
+        desk = Desk(deltas)
 
+        def measure(task: tuple[int | None, list[_Entry]]) -> list[Measured]:
+            groups = _drawn(*task, desk, draws)
+            return [entry for group in groups for entry in _measured(group)]
+
+        return measure
+
+    tasks = [*enumerate(sketched), *((None, window) for window in _windows(plain))]
     with torch.no_grad():
-        found = share_out(list(zip(names, sketches, strict=True)), lambda: measure)
-    return [entry for entry in found if entry is not None]
+        found = share_out(tasks, start)
+    return sorted(itertools.chain.from_iterable(found), key=lambda entry: entry.names)
 
 
-def _projection(delta: Tensor, generator: torch.Generator) -> Tensor | None:
-    """Random directions for the rows of a matrix, where it has more columns than those."""
-    columns = delta[:1].numel() if delta.ndim > 1 else 0
-    if columns <= SKETCH or _is_zero(delta.detach()):
-        return None
-    return torch.randn(columns, SKETCH, generator=generator) / math.sqrt(SKETCH)
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A tensor to be measured: its name with its bias's, and its shape as a matrix or vector."""
+
+    names: tuple[str, ...]
+    rows: int
+    columns: int
+    is_matrix: bool
+
+    @property
+    def drawing(self) -> bool:
+        """Whether it is looked at in random directions: it has more columns than those."""
+        return self.is_matrix and self.columns > SKETCH
+
+    @property
+    def cost(self) -> int:
+        """Values that are handled for it at a time."""
+        rows = max(self.rows, SKETCH) if self.drawing else self.rows
+        return rows * max(self.columns, min(self.rows, MOST_ROWS))
+
+    @property
+    def moved(self) -> tuple[str, ...]:
+        """Names of what is measured: not of a weight whose bias moved alone."""
+        return self.names if self.is_matrix else self.names[-1:]
+
+    def form(self) -> tuple[int, ...]:
+        """What tensors that are measured together have in common."""
+        return (self.is_matrix, self.rows, self.columns, len(self.names))
 
 
-def _pairs(name: str, deltas: Mapping[str, Tensor]) -> bool:
+def _entries(shapes: Mapping[str, torch.Size]) -> list[_Entry]:
+    """Every tensor that has values, in the order of the sorted names; a bias with its weight."""
+    paired = {bias_name(name): name for name in shapes if _pairs(name, shapes)}
+    found = []
+    for name in sorted(shapes):
+        shape, other = shapes[name], bias_name(name)
+        if name in paired or not shape.numel():
+            continue
+        names = (name, other) if paired.get(other) == name else (name,)
+        rows = shape[0] if len(shape) > 1 else 1
+        found.append(_Entry(names, rows, shape.numel() // rows, len(shape) > 1))
+    return found
+
+
+def _pairs(name: str, shapes: Mapping[str, torch.Size]) -> bool:
     other = bias_name(name)
-    if other == name or other not in deltas:
+    if other == name or other not in shapes:
         return False
-    weight = deltas[name]
-    return weight.ndim > 1 and deltas[other].shape == weight.shape[:1]
+    return len(shapes[name]) > 1 and shapes[other] == shapes[name][:1]
 
 
-def _measure(
-    name: str, delta: Tensor, bias: Tensor | None, other: str, projection: Tensor | None
-) -> Measured | None:
-    values = wide(delta.detach())
-    names = (name,) if bias is None else (name, other)
-    size = _size(names, values, bias)
-    if not _SAFE[0] < size < _SAFE[1]:  # squares would leave float32: no feature depends on size
-        largest = max(_largest(values), 0.0 if bias is None else _largest(bias))
-        if not largest:
-            return None
-        values = values / largest
-        bias = None if bias is None else wide(bias) / largest
-    if bias is not None and _is_zero(values):
-        values, bias = wide(bias), None
-    energy = size**2
-    if values.ndim < 2:  # noqa: PLR2004  # a vector
-        return Measured(names, TensorFeatures(**_moments(values)).vector(), 1, energy)
-    matrix = values.reshape(values.shape[0], -1)
-    found = TensorFeatures(**_structure(matrix, bias, projection))
-    return Measured(names, found.vector(), min(matrix.shape), energy)
+def _windows(entries: Sequence[_Entry]) -> list[list[_Entry]]:
+    """Cut into runs of small tensors that are held at a time, and large ones alone."""
+    cut: list[list[_Entry]] = []
+    room = 0
+    for entry in entries:
+        if entry.cost > room:
+            cut.append([])
+            room = GROUP
+        cut[-1].append(entry)
+        room -= entry.cost
+    return cut
 
 
-def _size(names: tuple[str, ...], values: Tensor, bias: Tensor | None) -> float:
-    """L2 norm of a weight with its bias, infinite where float32 cannot hold it."""
-    parts = [values] if bias is None else [values, wide(bias)]
-    norms = [float(torch.linalg.vector_norm(part)) for part in parts]
-    for name, norm, part in zip(names, norms, parts, strict=True):
-        if not math.isfinite(norm) and not math.isfinite(_largest(part)):
+class _Draws:
+    """Random directions for windows of tensors, in the order of the windows whoever comes first.
+
+    Windows are shared out in order, so that whoever is waited for is at work.
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+        self._turn = threading.Condition()
+        self._next = 0
+
+    def draw(self, number: int, columns: Sequence[int]) -> list[Tensor]:
+        """Directions for the rows of matrices of so many columns, [columns, `SKETCH`] each."""
+        with self._turn:
+            self._turn.wait_for(lambda: self._next >= number)
+            # The same numbers as one draw after the other: each is of a multiple of 16 values.
+            drawn = torch.randn(sum(columns) * SKETCH, generator=self._generator)
+        self.done(number)
+        drawn /= math.sqrt(SKETCH)
+        parts = torch.split(drawn, [count * SKETCH for count in columns])
+        return [part.view(-1, SKETCH) for part in parts]
+
+    def done(self, number: int) -> None:
+        """Let the next window draw, whatever became of this one."""
+        with self._turn:
+            self._next = max(self._next, number + 1)
+            self._turn.notify_all()
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Tensors of one form, measured together."""
+
+    entries: list[_Entry]
+    batch: Batch
+
+    def select(self, places: list[int], divisor: Tensor | None = None) -> _Group:
+        """Some of them, each to be divided."""
+        entries = [self.entries[place] for place in places]
+        return _Group(entries, self.batch.select(places, divisor))
+
+
+def _drawn(number: int | None, window: list[_Entry], desk: Desk, draws: _Draws) -> list[_Group]:
+    """Ask for the tensors of a window, and draw directions for those that are not zero."""
+    if number is None:
+        return _groups(window, desk)
+    try:
+        groups = _groups(window, desk)
+        moved = {entry for group in groups for entry in group.entries}
+        order = [entry for entry in window if entry in moved]
+        drawn = draws.draw(number, [entry.columns for entry in order])
+    finally:
+        draws.done(number)
+    found = dict(zip(order, drawn, strict=True))
+    return [_directed(group, found) for group in groups]
+
+
+def _groups(window: list[_Entry], desk: Desk) -> list[_Group]:
+    """Ask for tensors and stack those of one form; a zero weight gives way to its bias."""
+    alike: dict[tuple[object, ...], list[tuple[_Entry, list[Tensor]]]] = {}
+    laid = desk.lay(name for entry in window for name in entry.names)
+    for entry in window:
+        tensors = [laid[name] for name in entry.names]
+        kinds = [(tensor.dtype, tensor.device) for tensor in tensors]
+        alike.setdefault((*entry.form(), *kinds), []).append((entry, tensors))
+    found = []
+    while alike:  # what is stacked is let go
+        group = _stacked(alike.popitem()[1])
+        zero = group.batch.stack.still() if group.batch.is_matrix else []
+        moved = [place for place in range(len(group.entries)) if place not in zero]
+        if moved:
+            found.append(group.select(moved))
+        if zero and group.batch.bias is not None:
+            found.append(_biases([group.entries[place] for place in zero], group.batch.bias[zero]))
+    return found
+
+
+def _stacked(alike: list[tuple[_Entry, list[Tensor]]]) -> _Group:
+    entries = [entry for entry, _ in alike]
+    dtype = wide_type(*alike[0][1])
+    stack = Stack.of([tensors[0] for _, tensors in alike], entries[0].rows, dtype)
+    bias = None
+    if len(entries[0].names) > 1:
+        bias = torch.stack([tensors[1] for _, tensors in alike]).to(stack.values.device, dtype)
+    return _Group(entries, Batch(stack, bias, is_matrix=entries[0].is_matrix))
+
+
+def _biases(entries: list[_Entry], bias: Tensor) -> _Group:
+    """Biases whose weights did not move, as vectors."""
+    columns = bias.shape[1]
+    vectors = [replace(entry, rows=1, columns=columns, is_matrix=False) for entry in entries]
+    return _Group(vectors, Batch(Stack.of(list(bias), 1, bias.dtype), None, is_matrix=False))
+
+
+def _directed(group: _Group, drawn: Mapping[_Entry, Tensor]) -> _Group:
+    if not group.entries[0].drawing:
+        return group
+    values = group.batch.stack.values
+    directions = torch.stack([drawn[entry] for entry in group.entries]).to(values.device)
+    return replace(
+        group, batch=replace(group.batch, directions=directions.to(group.batch.stack.dtype))
+    )
+
+
+def _measured(group: _Group) -> list[Measured]:
+    """Measure tensors of one form, each as a share where squares would leave float32.
+
+    No feature depends on size.
+    """
+    seen = Survey.of(group.batch)
+    sizes, divisor = seen.sizes.tolist(), group.batch.stack.divisor
+    odd = [place for place, size in enumerate(sizes) if not _SAFE[0] < size < _SAFE[1]]
+    if odd and divisor is None:
+        rest = [place for place in range(len(sizes)) if place not in odd]
+        parts = (_scaled(group, odd), group.select(rest))
+        return [entry for part in parts if part.entries for entry in _measured(part)]
+    features = matrix_features if group.batch.is_matrix else vector_features
+    found, nothing = features(group.batch, seen), torch.zeros_like(seen.sizes)
+    vectors = torch.stack([found.get(name, nothing) for name in FEATURES], dim=1).tolist()
+    units = [1.0] * len(sizes) if divisor is None else divisor.tolist()
+    return [
+        Measured(entry.names, vector, min(entry.rows, entry.columns), (size * unit) * (size * unit))
+        for entry, vector, size, unit in zip(group.entries, vectors, sizes, units, strict=True)
+    ]
+
+
+def _scaled(group: _Group, odd: list[int]) -> _Group:
+    """Tensors of very large and small size as shares of their largest value; zero ones left out."""
+    kept, shares = [], []
+    for place in odd:
+        peak = _peak(group, place)
+        if peak:
+            kept.append(place)
+            shares.append(peak)
+    stack = group.batch.stack
+    return group.select(kept, stack.values.new_tensor(shares, dtype=stack.dtype))
+
+
+def _peak(group: _Group, place: int) -> float:
+    """Largest magnitude of a tensor and its bias."""
+    peaks = [largest(group.batch.stack.values[place])]
+    if group.batch.bias is not None:
+        peaks.append(largest(group.batch.bias[place]))
+    for name, peak in zip(group.entries[place].moved, peaks, strict=True):
+        if not math.isfinite(peak):
             raise Withheld(
                 Reason.NOT_FINITE,
                 f"Entry {name!r} holds values that are not finite; nothing was scored. Check the "
                 "training step for divergence.",
             )
-    return math.hypot(*norms)
-
-
-def _is_zero(values: Tensor) -> bool:
-    """Whether all values are 0; the quick look comes first."""
-    return not float(torch.linalg.vector_norm(values)) and not _largest(values)
-
-
-def _largest(values: Tensor) -> float:
-    return float(torch.linalg.vector_norm(values, math.inf))
-
-
-def _moments(values: Tensor) -> dict[str, float]:
-    """Shape of the distribution of the entries, free of their size."""
-    flat = values.reshape(-1).contiguous()
-    count = len(flat)
-    size = float(torch.linalg.vector_norm(flat))
-    if size**2 <= _TINY:
-        return {}
-    scale = math.sqrt(count) / size  # to a root mean square of 1
-    room = min(count, CHUNK)
-    buffer, flags = torch.empty_like(flat[:room]), torch.empty_like(flat[:room], dtype=torch.bool)
-    total, fourth, faint, peak = torch.zeros(4, dtype=torch.float64, device=flat.device).unbind()
-    for piece in chunks(flat):
-        scaled = torch.mul(piece, scale, out=buffer[: len(piece)]).abs_()
-        total += scaled.sum()
-        torch.maximum(peak, scaled.max().double(), out=peak)
-        faint += torch.lt(scaled, FAINT, out=flags[: len(piece)]).sum()
-        fourth += scaled.square_().square_().sum()
-    return {
-        "flatness": math.log10(max(float(total) / count, _TINY)),
-        "peak": math.log10(float(peak)),
-        "spread": -math.log10(float(fourth) / count),
-        "faint": float(faint) / count,
-    }
-
-
-def _structure(matrix: Tensor, bias: Tensor | None, projection: Tensor | None) -> dict[str, float]:
-    """Rank, row structure, and what the bias explains."""
-    norms = torch.linalg.vector_norm(matrix, dim=1)
-    loud = norms > FAINT * float(norms.max())
-    # Low rank stays low rank in few random directions.
-    sketch = matrix if projection is None else matrix @ projection.to(matrix)
-    most = min(MOST_ROWS, max(8, MOST_VALUES // matrix.shape[1]))
-    sample = matrix[norms.topk(most).indices] if len(norms) > most else matrix
-    columns = torch.linalg.vector_norm(sample, dim=0)
-    return {
-        **_spectrum(sketch, min(matrix.shape)),
-        **_moments(sample),
-        "unexplained": 0.0 if bias is None else _unexplained(matrix, wide(bias.detach())),
-        "twins": _twins(sketch, bias, norms, loud),
-        "faint_rows": 1.0 - float(loud.double().mean()),
-        "row_spread": _participation(norms),
-        "column_spread": _participation(columns),
-        "faint_columns": float((columns <= FAINT * float(columns.max())).double().mean()),
-    }
-
-
-def _spectrum(sketch: Tensor, full: int) -> dict[str, float]:
-    wide_sketch = sketch.double()
-    tall = sketch.shape[0] >= sketch.shape[1]
-    gram = wide_sketch.T @ wide_sketch if tall else wide_sketch @ wide_sketch.T
-    values = torch.linalg.eigvalsh(gram.cpu()).clamp_min(0.0).flip(0)
-    shares = values / values.sum().clamp_min(_TINY)
-    entropy = -float((shares * shares.clamp_min(_TINY).log()).sum())
-    tails = {
-        f"tail_{top}": _log_share(float(shares[top:].sum())) if top < full else 0.0
-        for top in (1, 4, 16)
-    }
-    return {**tails, "rank": entropy / math.log(10.0)}
-
-
-def _log_share(share: float) -> float:
-    return max(math.log10(max(share, _TINY)), FLOOR)
-
-
-def _unexplained(matrix: Tensor, bias: Tensor) -> float:
-    """Energy of the weight outside the one direction that the bias names, as a share."""
-    size = torch.linalg.vector_norm(bias)
-    if float(size) ** 2 <= _TINY:
-        return 0.0
-    along = torch.linalg.vector_norm((bias / size) @ matrix).double().square()
-    total = torch.linalg.vector_norm(matrix).double().square()
-    return _log_share(float(1.0 - along / total))
-
-
-def _twins(sketch: Tensor, bias: Tensor | None, norms: Tensor, loud: Tensor) -> float:
-    """Share of loud rows with a parallel partner: two units that hold the same one record."""
-    rows = loud.nonzero()[:, 0]
-    if len(rows) > MOST_ROWS:
-        rows = rows[norms[rows].topk(MOST_ROWS).indices]
-    if len(rows) < 2:  # noqa: PLR2004  # a pair
-        return 0.0
-    chosen = sketch[rows].double()
-    if bias is not None:
-        scale = math.sqrt(chosen.shape[1]) * wide(bias.detach())[rows].double()
-        chosen = torch.cat([chosen, scale[:, None]], dim=1)
-    units = torch.nn.functional.normalize(chosen, dim=1)
-    cosines = (units @ units.T).abs()
-    cosines.fill_diagonal_(0.0)
-    return float((cosines.amax(1) > 1.0 - TWIN).double().mean())
-
-
-def _participation(norms: Tensor) -> float:
-    """Log10 of the share of rows (or columns) that carry the energy."""
-    energy = norms.double().square()
-    shares = energy / energy.sum().clamp_min(_TINY)
-    return -math.log10(float(shares.square().sum().clamp_min(_TINY)) * len(norms))
+    return max(peaks)

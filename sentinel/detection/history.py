@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sentinel.detection.layers import layers_of, wide
+from sentinel.detection.layers import layers_of, wide_type
+from sentinel.detection.stack import Stack
 from sentinel.errors import MisuseError
 
 if TYPE_CHECKING:
@@ -48,9 +49,13 @@ class History:
 
     def after(self, state: Mapping[str, Tensor]) -> History:
         """Return the history with one more round; a state of another structure adds nothing."""
-        if structure_of(state) != self.structure:
+        return self.joined(structure_of(state), scales_of(state))
+
+    def joined(self, structure: tuple[Shape, ...], scales: tuple[float, ...]) -> History:
+        """Return the history with one more round that was measured already; see `after`."""
+        if structure != self.structure:
             return self
-        return History(self.structure, (*self.scales, scales_of(state))[-ROUNDS:])
+        return History(self.structure, (*self.scales, scales)[-ROUNDS:])
 
     def to_json(self) -> str:
         """Write as one line of JSON."""
@@ -102,10 +107,17 @@ def structure_of(state: Mapping[str, Tensor]) -> tuple[Shape, ...]:
 
 def scales_of(state: Mapping[str, Tensor]) -> tuple[float, ...]:
     """Return log10 of each layer's root mean square row norm, not below the floor."""
-    scales = []
+    sizes = []
     for layer in layers_of(state):
-        norm = float(torch.linalg.vector_norm(wide(layer.weight)))
-        size = norm / math.sqrt(layer.weight.shape[0])
-        low = 10.0**_FLOOR
-        scales.append(math.log10(max(size, low)) if math.isfinite(size) else 38.0)
-    return tuple(scales)
+        stack = Stack.of([layer.weight], layer.units, wide_type(layer.weight))
+        squares = [
+            torch.linalg.vector_norm(stack.part(rows)).double().square()
+            for rows in stack.row_slabs()
+        ]
+        sizes.append(math.sqrt(math.fsum(map(float, squares)) / layer.units))
+    return tuple(map(scale_of, sizes))
+
+
+def scale_of(size: float) -> float:
+    """Return log10 of a layer's root mean square row norm, not below the floor."""
+    return math.log10(max(size, 10.0**_FLOOR)) if math.isfinite(size) else 38.0

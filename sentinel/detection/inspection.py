@@ -5,21 +5,22 @@ Cheap first. It reads the global model, its public history and synthetic probes;
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from sentinel.crew import share_out
 from sentinel.detection import rules
 from sentinel.detection.behaviour import behaviour_findings
 from sentinel.detection.bundle import GLOBAL_MODEL, Detector, load_detector
-from sentinel.detection.history import History, scales_of, structure_of
+from sentinel.detection.history import History, Shape, scale_of, structure_of
 from sentinel.detection.layers import Layer, layers_of
 from sentinel.detection.rules import Finding, Kind
+from sentinel.detection.stack import largest
 from sentinel.detection.synthetic import is_uninitialised
-from sentinel.detection.weights import LayerStatistics, layer_statistics
+from sentinel.detection.weights import LayerStatistics, Weighed, weighed
 from sentinel.errors import MisuseError
 from sentinel.terms import Verdict
 
@@ -78,24 +79,25 @@ def inspect_global_model(
     _require_state(state, "state")
     history = _history(previous)
     learned = detector or load_detector(GLOBAL_MODEL)
-    changed = [] if history is None else _structure_findings(history, state)
+    structure = structure_of(state)
+    changed = [] if history is None else _structure_findings(history, structure)
     layers = layers_of(state)
-    broken = _not_finite(state)
+    measured, broken = _measured(state, layers)
     if broken:
-        kept = history or History(structure_of(state))
+        kept = history or History(structure)
         return _inspection([*changed, *broken], 0.0, kept, probed=False)
-    statistics = _statistics(layers)
+    statistics = [seen.statistics for seen in measured]
+    scales = tuple(scale_of(seen.size) for seen in measured)
     findings = [*changed, *_weight_findings(state, layers, statistics)]
     if history is not None and history.scales and not changed:
-        findings += rules.jump_findings(
-            [layer.index for layer in layers], history.scales[-1], scales_of(state)
-        )
+        indices = [layer.index for layer in layers]
+        findings += rules.jump_findings(indices, history.scales[-1], scales)
     behaved = None
     if model is not None and not changed:
         behaved = behaviour_findings(model, state, sample=sample, generator=_generator())
         findings += behaved or []
     unusual, odd = _learned(layers, statistics, learned)
-    following = History.of(state) if history is None else history.after(state)
+    following = (history or History(structure)).joined(structure, scales)
     return _inspection([*findings, *odd], unusual, following, probed=behaved is not None)
 
 
@@ -119,9 +121,11 @@ def _history(previous: History | Mapping[str, Tensor] | None) -> History | None:
     return History.of(previous)
 
 
-def _structure_findings(history: History, state: Mapping[str, Tensor]) -> list[Finding]:
+def _structure_findings(history: History, structure: tuple[Shape, ...]) -> list[Finding]:
+    if structure == history.structure:
+        return []
     pinned = {entry[0]: entry for entry in history.structure}
-    arrived = {entry[0]: entry for entry in structure_of(state)}
+    arrived = {entry[0]: entry for entry in structure}
     names = sorted(pinned.keys() | arrived.keys())
     return [
         Finding(Kind.STRUCTURE, index)
@@ -130,26 +134,35 @@ def _structure_findings(history: History, state: Mapping[str, Tensor]) -> list[F
     ]
 
 
-def _not_finite(state: Mapping[str, Tensor]) -> list[Finding]:
-    return [
-        Finding(Kind.NOT_FINITE, index)
+def _measured(
+    state: Mapping[str, Tensor], layers: list[Layer]
+) -> tuple[list[Weighed], list[Finding]]:
+    """What every layer is like; or the entries that are not finite, and then nothing else."""
+    own = {layer.index for layer in layers}
+    broken = {
+        index
         for index, name in enumerate(sorted(state))
-        if state[name].is_floating_point() and not _finite(state[name])
-    ]
+        if index not in own and state[name].is_floating_point() and not _finite(state[name])
+    }
+    if broken:
+        broken |= {layer.index for layer in layers if not _finite(layer.weight)}
+    else:
+        seen = weighed(layers, SEED)
+        fine = [one for one in seen if one is not None]
+        if len(fine) == len(layers):
+            return fine, []
+        broken = {layers[place].index for place, one in enumerate(seen) if one is None}
+    return [], [Finding(Kind.NOT_FINITE, index) for index in sorted(broken)]
 
 
 def _finite(value: Tensor) -> bool:
     """Whether all values are finite; a finite sum tells in one pass."""
     total = value.detach().sum(dtype=torch.float32)
-    return bool(torch.isfinite(total)) or bool(torch.isfinite(value).all())
+    return bool(torch.isfinite(total)) or math.isfinite(largest(value))
 
 
 def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(SEED)
-
-
-def _statistics(layers: list[Layer]) -> list[LayerStatistics]:
-    return share_out(layers, lambda: lambda layer: layer_statistics(layer, _generator()))
 
 
 def _weight_findings(

@@ -7,6 +7,7 @@ else is read from shapes, so that the order of the mapping does not matter.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ class Layer:
     Attributes:
         index: place of the weight's name among the sorted names of the state.
         name: the weight's name.
-        weight: [units, inputs], in the dtype of the state, borrowed.
+        weight: [units, ...], in the dtype of the state, borrowed.
         bias: [units], or None.
         bias_name: name of the bias, or None.
         feeds: whether some other layer takes this one's units as input.
@@ -43,12 +44,22 @@ class Layer:
     channels: int
     convolution: bool
 
+    @property
+    def units(self) -> int:
+        """Rows of the weight as a matrix."""
+        return self.weight.shape[0]
+
+    @property
+    def inputs(self) -> int:
+        """Columns of the weight as a matrix."""
+        return self.weight[:1].numel()
+
 
 def layers_of(state: Mapping[str, Tensor]) -> list[Layer]:
     """Return every weight matrix of a state, in the order of the sorted names."""
     order = {name: index for index, name in enumerate(sorted(state))}
     matrices = {name: state[name] for name in order if _is_matrix(state[name])}
-    widths = {name: value.shape[1] for name, value in matrices.items()}
+    widths = Counter(value.shape[1] for value in matrices.values())
     return [_layer(order[name], name, value, state, widths) for name, value in matrices.items()]
 
 
@@ -74,7 +85,7 @@ def _is_matrix(value: Tensor) -> bool:
 
 
 def _layer(
-    index: int, name: str, value: Tensor, state: Mapping[str, Tensor], widths: Mapping[str, int]
+    index: int, name: str, value: Tensor, state: Mapping[str, Tensor], widths: Counter[int]
 ) -> Layer:
     units = value.shape[0]
     other = bias_name(name)
@@ -84,19 +95,29 @@ def _layer(
     return Layer(
         index=index,
         name=name,
-        weight=value.detach().reshape(units, -1),
+        weight=value.detach(),
         bias=None if bias is None else bias.detach(),
         bias_name=None if bias is None else other,
-        feeds=any(
-            width == units or (value.ndim > MATRIX and width % units == 0)  # flattened
-            for follower, width in widths.items()
-            if follower != name
-        ),
+        feeds=_feeds(value, widths),
         channels=value.shape[1],
         convolution=value.ndim > MATRIX,
     )
 
 
+def _feeds(value: Tensor, widths: Counter[int]) -> bool:
+    """Whether a layer other than itself has a width that fits its units, flattened or not."""
+    units, own = value.shape[:2]
+    if value.ndim == MATRIX:
+        return widths[units] > (own == units)
+    fitting = sum(count for width, count in widths.items() if width % units == 0)
+    return fitting > (own % units == 0)
+
+
 def wide(tensor: Tensor) -> Tensor:
     """Return a tensor in float32 or wider, sharing memory where it already is."""
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+    return tensor.to(wide_type(tensor))
+
+
+def wide_type(*tensors: Tensor) -> torch.dtype:
+    """Return the dtype that holds all of these, float32 or wider."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32

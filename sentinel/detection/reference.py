@@ -153,37 +153,39 @@ class Reference:
             the same for the update as a whole: where the update lies, and where a typical round
             of one record would, [2, relative], in the order of `RELATIVE`.
         """
-        per_tensor: list[list[Vector]] = []
+        found: list[dict[int, Vector]] = [{} for _ in measured]
         pulls = np.zeros((len(MODES), len(FEATURES)))
         weights = np.zeros((len(MODES), len(FEATURES)))
         beyond = np.zeros(len(MODES))
-        for entry in measured:
-            vectors = []
-            for mode, place in enumerate(self.places.get(entry.names[0], ())):
-                pull, weight = _pull(np.asarray(entry.vector), place)
-                pulls[mode] += pull
-                weights[mode] += weight
-                beyond[mode] -= float(np.minimum(pull, 0.0).sum())
-                if weight.any():
-                    vectors.append(_pair(pull, weight))
-            per_tensor.append(vectors)
+        own = [self.places.get(entry.names[0], ()) for entry in measured]
+        for mode in range(max(map(len, own), default=0)):
+            here = [index for index, places in enumerate(own) if mode < len(places)]
+            vectors = np.array([measured[index].vector for index in here])
+            pull, weight = _pull(vectors, [own[index][mode] for index in here])
+            pulls[mode], weights[mode] = pull.sum(axis=0), weight.sum(axis=0)
+            beyond[mode] = -np.minimum(pull, 0.0).sum()
+            pairs = _pair(pull, weight)
+            for row in np.flatnonzero(weight.any(axis=1)):
+                found[here[row]][mode] = pairs[row]
         fits = beyond <= OVERSHOOT * weights.sum(axis=1)
         fits &= [_is_nearer(*rows) for rows in zip(pulls, weights, strict=True)]
         fits[: len(BASE)] = True
         told = [mode for mode in range(len(MODES)) if weights[mode].any() and fits[mode]]
-        return per_tensor, [_pair(pulls[mode], weights[mode]) for mode in told]
+        return [list(pairs.values()) for pairs in found], list(_pair(pulls[told], weights[told]))
 
 
-def _pull(vector: Vector, place: Place) -> tuple[Vector, Vector]:
-    """Position between ordinary and single, weighted; and the weights."""
-    weight = np.minimum(place.weight, MOST_WEIGHT) ** 2
-    gap = np.where(place.weight > 0, place.gap, 1.0)
-    return weight * np.clip((vector - place.ordinary) / gap, -1.0, 1.5), weight
+def _pull(vectors: Vector, places: Sequence[Place]) -> tuple[Vector, Vector]:
+    """Positions between ordinary and single, weighted; and the weights: [tensors, features]."""
+    told = np.array([place.weight for place in places])
+    weight = np.minimum(told, MOST_WEIGHT) ** 2
+    gap = np.where(told > 0, np.array([place.gap for place in places]), 1.0)
+    ordinary = np.array([place.ordinary for place in places])
+    return weight * np.clip((vectors - ordinary) / gap, -1.0, 1.5), weight
 
 
 def _pair(pull: Vector, weight: Vector) -> Vector:
-    """Where the update lies, and where one record would: at 1 wherever there is weight."""
-    return np.stack([_grouped(pull, weight), _grouped(weight, weight)])
+    """Where updates lie, and where one record would: at 1 wherever there is weight; [..., 2, k]."""
+    return np.stack([_grouped(pull, weight), _grouped(weight, weight)], axis=-2)
 
 
 def _is_nearer(pull: Vector, weight: Vector) -> bool:
@@ -194,13 +196,13 @@ def _is_nearer(pull: Vector, weight: Vector) -> bool:
 
 def _grouped(pull: Vector, weight: Vector) -> Vector:
     """Weighted means within each group of features, and over all of them; the calm side is 0."""
-    means = [_mean(pull[members], weight[members]) for members in _MEMBERS]
-    return np.array([max(mean, 0.0) for mean in (*means, _mean(pull, weight))])
+    means = [_mean(pull[..., members], weight[..., members]) for members in _MEMBERS]
+    return np.maximum(np.stack([*means, _mean(pull, weight)], axis=-1), 0.0)
 
 
-def _mean(pull: Vector, weight: Vector) -> float:
-    total = float(weight.sum())
-    return float(pull.sum()) / total if total > 0.0 else 0.0
+def _mean(pull: Vector, weight: Vector) -> Vector:
+    total = weight.sum(axis=-1)
+    return np.asarray(pull.sum(axis=-1) / np.where(total > 0.0, total, 1.0))  # 0 without weight
 
 
 def build_reference(

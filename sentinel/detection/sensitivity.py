@@ -96,15 +96,17 @@ def _shares(
 ) -> list[float | None]:
     """Overall, then per tensor, in one call of the detector; the calmest mode counts.
 
-    None where no mode tells anything.
+    None where no mode tells anything. What one record would be is alike for most tensors, so the
+    same vector is judged once.
     """
     per_tensor, overall = reference.relative(measured)
     groups = [overall, *per_tensor]
-    flat = [vector.tolist() for group in groups for pair in group for vector in pair]
-    anomalies = iter(detector.anomaly(flat) if flat else ())
+    asked = [[[tuple(row) for row in pair.tolist()] for pair in group] for group in groups]
+    vectors = list(dict.fromkeys(row for group in asked for pair in group for row in pair))
+    anomaly = dict(zip(vectors, detector.anomaly(vectors) if vectors else (), strict=True))
     calmest = [
-        min((share_of_single(next(anomalies), next(anomalies)) for _ in group), default=None)
-        for group in groups
+        min((share_of_single(anomaly[own], anomaly[one]) for own, one in group), default=None)
+        for group in asked
     ]
     knots = detector.manifest.knots
     return [None if share is None else interpolated(share, knots) for share in calmest]

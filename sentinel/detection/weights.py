@@ -1,19 +1,24 @@
 """Statistics of one weight matrix: what binning, traps, quantile biases and magnification bend.
 
 Each is chosen to survive what costs an attacker nothing: order, positive scale and sign of the
-rows, a common factor on all layers, small jitter. Large matrices are read through a sample of rows.
+rows, a common factor on all layers, small jitter. Large matrices are read once, piece by piece, and
+then through a sample of rows; layers of one shape are measured together.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from sentinel.detection.layers import Layer, wide
+from sentinel.crew import share_out
+from sentinel.detection.layers import Layer, wide_type
+from sentinel.detection.stack import GROUP, Stack, largest
+from sentinel.errors import MisuseError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +27,7 @@ SKETCH = 32  # columns of the random projection that rows are compared through
 PARALLEL = 0.95  # |cosine| from which two rows count as one direction: jitter up to about .2
 MOST_ROWS = 1024  # rows that are compared with each other
 MOST_VALUES = 1 << 19  # values read for the statistics that need more than one pass
+BLOCK = 256  # rows that are compared with all others at a time
 MIRRORED = 24  # rows that are sorted, about
 LEAST_FILLED = 12  # entries below which two halves resemble each other by chance
 COPIED = 0.15  # mirror below which one half of a row is a copy of the other
@@ -90,6 +96,19 @@ class LayerStatistics:
 STATISTICS: tuple[str, ...] = tuple(field.name for field in fields(LayerStatistics))
 
 
+@dataclass(frozen=True, slots=True)
+class Weighed:
+    """What one layer is like.
+
+    Attributes:
+        statistics: of its values.
+        size: root mean square of the norms of its rows.
+    """
+
+    statistics: LayerStatistics
+    size: float
+
+
 def layer_statistics(layer: Layer, generator: torch.Generator) -> LayerStatistics:
     """Measure one layer.
 
@@ -99,26 +118,184 @@ def layer_statistics(layer: Layer, generator: torch.Generator) -> LayerStatistic
 
     Returns:
         The statistics; an all-zero layer has those of an empty one.
+
+    Raises:
+        MisuseError: a value is not finite.
     """
-    norms = torch.linalg.vector_norm(wide(layer.weight), dim=1).double()
-    largest = float(norms.max())
-    bias = None if layer.bias is None else wide(layer.bias).double()
-    bias_range = 0.0 if bias is None else math.log10(1.0 + float(bias.abs().max()))
-    if largest <= _TINY:
-        return LayerStatistics(bias_range=bias_range, zero_rows=1.0, scale=-6.0)
-    alive = norms > 1e-6 * largest
-    middle = float(norms[alive].median())
-    return LayerStatistics(
-        **_direction(layer, norms, bias, alive, generator),
-        **_traps(layer, alive, generator),
-        **_biases(bias, norms, alive),
-        zero_rows=1.0 - float(alive.double().mean()),
-        row_gain=math.log10(largest / middle),
-        entry_gain=math.log10(max(float(layer.weight.abs().max()) / middle, _TINY)),
-        top_row=float(norms.max().square() / norms.square().sum()),
-        bias_range=bias_range,
-        scale=math.log10(middle),
+    (found,) = _weighed([layer], generator)
+    if found is None:
+        msg = "the layer holds values that are not finite; statistics are of finite ones"
+        raise MisuseError(msg)
+    return found.statistics
+
+
+def weighed(layers: Sequence[Layer], seed: int) -> list[Weighed | None]:
+    """Measure layers, each with the same draws as if it were alone.
+
+    Args:
+        layers: the layers.
+        seed: of what is drawn for each layer.
+
+    Returns:
+        One for each layer, in their order; None where a weight is not finite.
+    """
+    groups = sorted(_groups(layers), key=lambda group: -layers[group[0]].weight.numel())
+
+    def measure(group: list[int]) -> list[Weighed | None]:
+        generator = torch.Generator().manual_seed(seed)
+        return _weighed([layers[place] for place in group], generator)
+
+    placed: dict[int, Weighed | None] = {}
+    for group, found in zip(groups, share_out(groups, lambda: measure), strict=True):
+        placed.update(zip(group, found, strict=True))
+    return [placed[place] for place in range(len(layers))]
+
+
+def _groups(layers: Sequence[Layer]) -> list[list[int]]:
+    """Places of layers of one form, few enough to be stacked."""
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for place, layer in enumerate(layers):
+        kind = None if layer.bias is None else layer.bias.dtype
+        form = (layer.weight.shape, layer.weight.dtype, layer.weight.device, kind)
+        alike.setdefault(form, []).append(place)
+    cut = []
+    for places in alike.values():
+        units, inputs = layers[places[0]].units, layers[places[0]].inputs
+        step = max(1, GROUP // (units * max(inputs, SKETCH, min(units, MOST_ROWS))))
+        cut += [places[start : start + step] for start in range(0, len(places), step)]
+    return cut
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Layers of one shape with the same living rows.
+
+    Attributes:
+        stack: their weights.
+        bias: [layers, units], float64; or None.
+        norms: of the rows, [layers, units], float64.
+        peak: largest magnitude of each, [layers], float64.
+        sketch: [layers, units, `SKETCH`], where there are few units and many inputs; else None.
+        alive: units that are not next to zero, [living].
+    """
+
+    stack: Stack
+    bias: Tensor | None
+    norms: Tensor
+    peak: Tensor
+    sketch: Tensor | None
+    alive: Tensor
+
+    def select(self, places: list[int], alive: Tensor) -> _Part:
+        """Return some of the layers, with their living rows."""
+        if len(places) == len(self.stack):
+            return replace(self, alive=alive)
+        bias = None if self.bias is None else self.bias[places]
+        sketch = None if self.sketch is None else self.sketch[places]
+        stack, norms, peak = self.stack.select(places), self.norms[places], self.peak[places]
+        return _Part(stack, bias, norms, peak, sketch, alive)
+
+    def rows(self, chosen: Tensor) -> Tensor:
+        """Return the same rows of every layer as places of the stack, [layers, rows]."""
+        return chosen.expand(len(self.stack), -1)
+
+
+def _weighed(layers: Sequence[Layer], generator: torch.Generator) -> list[Weighed | None]:
+    """Measure layers of one form."""
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    stack = Stack.of(
+        [layer.weight for layer in layers], layers[0].units, wide_type(layers[0].weight)
     )
+    bias = torch.stack(biases).to(stack.values.device, torch.float64) if biases else None
+    part = _survey(stack, bias, generator)
+    state = generator.get_state()
+    found: list[Weighed | None] = [None] * len(layers)
+    for places, chosen in _alike(part):
+        generator.set_state(state)
+        sizes = chosen.norms.square().mean(1).sqrt().tolist()
+        for place, seen, size in zip(places, _statistics(chosen, generator), sizes, strict=True):
+            found[place] = Weighed(seen, size)
+    finite = part.peak.isfinite().tolist()
+    for place, good in enumerate(finite):
+        if good and found[place] is None:  # squares leave the dtype
+            generator.set_state(state)
+            own = None if bias is None else bias[place : place + 1]
+            found[place] = _weighed_huge(stack.select([place]), own, generator)
+    return found
+
+
+def _weighed_huge(stack: Stack, bias: Tensor | None, generator: torch.Generator) -> Weighed:
+    """Measure a layer whose squares leave the dtype, as a share of its largest value."""
+    unit = largest(stack.values)
+    share = replace(stack, dtype=torch.float64, divisor=stack.values.new_tensor([unit]).double())
+    part = _survey(share, None if bias is None else bias / unit, generator)
+    ((_, chosen),) = _alike(part)
+    (seen,) = _statistics(chosen, generator)
+    bias_range = 0.0 if bias is None else math.log10(1.0 + float(bias.abs().max()))
+    size = float(part.norms.square().mean().sqrt()) * unit
+    return Weighed(replace(seen, scale=seen.scale + math.log10(unit), bias_range=bias_range), size)
+
+
+def _survey(stack: Stack, bias: Tensor | None, generator: torch.Generator) -> _Part:
+    """Read every value once, piece by piece."""
+    norms, peak = stack.room(stack.rows), stack.room()
+    few = stack.rows <= MOST_ROWS and stack.columns > SKETCH
+    projection = _projection(stack, generator) if few else None
+    sketch = stack.room(stack.rows, SKETCH).to(stack.dtype) if few else None
+    for rows in stack.row_slabs():
+        for columns in stack.column_slabs():
+            part = stack.part(rows, columns)
+            norms[:, rows] += torch.linalg.vector_norm(part, dim=2).double().square_()
+            torch.maximum(peak, _peaks(part).double(), out=peak)
+            if projection is not None and sketch is not None:
+                sketch[:, rows] += part @ projection[columns]
+    everything = torch.arange(stack.rows, device=norms.device)
+    return _Part(stack, bias, norms.sqrt_(), peak, sketch, everything)
+
+
+def _peaks(values: Tensor) -> Tensor:
+    """Largest magnitude of each matrix; a single one is read once for both ends."""
+    if len(values) == 1:
+        low, high = values.aminmax()
+        return torch.maximum(-low, high)[None]
+    return torch.maximum(-values.amin((1, 2)), values.amax((1, 2)))
+
+
+def _alike(part: _Part) -> list[tuple[list[int], _Part]]:
+    """Split off every layer with rows next to zero; layers that are not finite are left out."""
+    largest_row = part.norms.amax(1)
+    living = part.norms > 1e-6 * largest_row[:, None]
+    whole = (living.all(1) & (largest_row > _TINY)).tolist()
+    finite = part.norms.sum(1).isfinite().tolist()
+    usual = [place for place, good in enumerate(finite) if good and whole[place]]
+    found = [(usual, part.select(usual, part.alive))] if usual else []
+    for place, good in enumerate(finite):
+        if good and not whole[place]:
+            found.append(([place], part.select([place], living[place].nonzero()[:, 0])))
+    return found
+
+
+def _statistics(part: _Part, generator: torch.Generator) -> list[LayerStatistics]:
+    top = part.norms.amax(1)
+    nothing = torch.zeros_like(top)
+    bias_range = nothing if part.bias is None else (1.0 + part.bias.abs().amax(1)).log10()
+    if float(top[0]) <= _TINY:  # such layers come alone
+        return [LayerStatistics(bias_range=float(bias_range[0]), zero_rows=1.0, scale=-6.0)]
+    middle = _middle(part.norms[:, part.alive])
+    found = {
+        **_direction(part, generator),
+        **_traps(part, generator),
+        **_biases(part),
+        "zero_rows": nothing + (1.0 - len(part.alive) / part.stack.rows),
+        "row_gain": (top / middle).log10(),
+        "entry_gain": (part.peak / middle).clamp_min(_TINY).log10(),
+        "top_row": top.square() / part.norms.square().sum(1),
+        "bias_range": bias_range,
+        "scale": middle.log10(),
+    }
+    usual = LayerStatistics()
+    columns = [found.get(name, nothing + getattr(usual, name)) for name in STATISTICS]
+    return [LayerStatistics(*row) for row in torch.stack(columns, dim=1).tolist()]
 
 
 def sampled(rows: Tensor, most: int, generator: torch.Generator) -> Tensor:
@@ -128,42 +305,77 @@ def sampled(rows: Tensor, most: int, generator: torch.Generator) -> Tensor:
     return rows[torch.randperm(len(rows), generator=generator)[:most].sort().values]
 
 
-def _direction(
-    layer: Layer,
-    norms: Tensor,
-    bias: Tensor | None,
-    alive: Tensor,
-    generator: torch.Generator,
-) -> dict[str, float]:
+def _direction(part: _Part, generator: torch.Generator) -> dict[str, Tensor]:
     """Do many rows point one way, and do their biases scan that direction?"""
-    inputs = layer.weight.shape[1]
-    rows = sampled(alive.nonzero()[:, 0].cpu(), MOST_ROWS, generator).to(norms.device)
+    rows = sampled(part.alive, MOST_ROWS, generator)
+    inputs = part.stack.columns
     if inputs < FEW_INPUTS or len(rows) < FEW_INPUTS:
         return {}
-    units = _normalised(wide(layer.weight[rows]))
-    if inputs > SKETCH:
-        projection = torch.randn(inputs, SKETCH, generator=generator).to(units)
-        units = _normalised(units @ projection)
+    units = _units(part, rows, generator)
+    gram = (units.mT @ units / len(rows)).double().cpu()
+    crowds = [
+        _crowd(part, place, rows, units[place]) if crowded else (0.0, 0.0, -1.0)
+        for place, crowded in enumerate(_crowded(units))
+    ]
+    parallel, spread, scan = part.norms.new_tensor(crowds).unbind(1)
+    return {
+        "parallel": parallel,
+        "offset_spread": spread,
+        "scan": scan,
+        "top_share": torch.linalg.eigvalsh(gram)[:, -1].to(part.norms.device),
+    }
+
+
+def _units(part: _Part, rows: Tensor, generator: torch.Generator) -> Tensor:
+    """Rows at length 1, in few random directions where inputs are many: [layers, rows, k]."""
+    places, stack = part.rows(rows), part.stack
+    if stack.columns <= SKETCH:
+        return _normalised(stack.part(places))
+    if part.sketch is not None:
+        sketch = part.sketch[:, rows] if len(rows) < stack.rows else part.sketch
+    else:
+        projection = _projection(stack, generator)
+        slabs = stack.row_slabs(len(rows))
+        sketch = torch.cat([stack.part(places[:, slab]) @ projection for slab in slabs], dim=1)
+    norms = part.norms.gather(1, places)[:, :, None].to(stack.dtype)
+    return _normalised(sketch / norms.clamp_min(_TINY))
+
+
+def _projection(stack: Stack, generator: torch.Generator) -> Tensor:
+    """Random directions for the rows, [inputs, `SKETCH`]."""
+    drawn = torch.randn(stack.columns, SKETCH, generator=generator)
+    return drawn.to(stack.values.device, stack.dtype)
+
+
+def _crowded(units: Tensor) -> list[bool]:
+    """Whether any two rows are parallel, [layers, rows, k]; one look at most pairs is enough."""
+    most = units.new_zeros(len(units))
+    for start in range(0, units.shape[1], BLOCK):
+        cosines = units[:, start : start + BLOCK] @ units[:, start:].mT
+        cosines.diagonal(dim1=1, dim2=2).zero_()
+        torch.maximum(most, _peaks(cosines), out=most)
+    return (most > PARALLEL).tolist()
+
+
+def _crowd(part: _Part, place: int, rows: Tensor, units: Tensor) -> tuple[float, float, float]:
+    """The largest set of parallel rows of one layer: its share, offset spread and scan."""
     cosines = units @ units.T
     counts = (cosines.abs() > PARALLEL).sum(1)
     leader = int(counts.argmax())
     members = cosines[leader].abs() > PARALLEL
+    if int(counts[leader]) <= 1:  # rounding
+        return 0.0, 0.0, -1.0
     spread, scatter = 0.0, 0.0
-    if bias is not None and int(members.sum()) > 1:
+    if part.bias is not None:
+        offsets = part.bias[place, rows] / part.norms[place, rows]
         # Rows on either side are apart: training may condense both, each at its own offset.
         spread = max(
-            _interquartile((bias[rows] / norms[rows])[members & (cosines[leader] * side > 0)])
-            for side in (1.0, -1.0)
+            _interquartile(offsets[members & (cosines[leader] * side > 0)]) for side in (1.0, -1.0)
         )
         angles = (1.0 - cosines[leader][members].double().square()).clamp_min(0.0).sqrt()
-        scatter = float(angles.mean()) / math.sqrt(inputs)
-    gram = units.T @ units / len(rows)
-    return {
-        "parallel": float(counts[leader]) / len(rows) if counts[leader] > 1 else 0.0,
-        "offset_spread": min(spread, 1e3),
-        "scan": min(max(math.log10((spread + 1e-6) / (scatter + 1e-3)), -1.0), 3.0),
-        "top_share": float(torch.linalg.eigvalsh(gram.double().cpu())[-1]),
-    }
+        scatter = float(angles.mean()) / math.sqrt(part.stack.columns)
+    scan = min(max(math.log10((spread + 1e-6) / (scatter + 1e-3)), -1.0), 3.0)
+    return float(counts[leader]) / len(rows), min(spread, 1e3), scan
 
 
 def _interquartile(values: Tensor) -> float:
@@ -173,61 +385,86 @@ def _interquartile(values: Tensor) -> float:
     return float(quarters[1] - quarters[0])
 
 
+def _middle(values: Tensor) -> Tensor:
+    """Lower median of each row; numpy finds it many times faster than torch."""
+    place = (values.shape[1] - 1) // 2
+    parted = np.partition(values.cpu().numpy(), place, axis=1)[:, place]
+    return torch.from_numpy(parted).to(values.device)
+
+
 def _normalised(rows: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(rows, dim=1)
+    return torch.nn.functional.normalize(rows, dim=-1)
 
 
-def _traps(layer: Layer, alive: Tensor, generator: torch.Generator) -> dict[str, float]:
+def _traps(part: _Part, generator: torch.Generator) -> dict[str, Tensor]:
     """Is every row half negative, with the positive half a shrunk copy of the negative one?"""
-    inputs = layer.weight.shape[1]
+    stack, inputs = part.stack, part.stack.columns
     most = max(8, min(256, MOST_VALUES // inputs))
-    rows = sampled(alive.nonzero()[:, 0].cpu(), most, generator).to(layer.weight.device)
+    rows = sampled(part.alive, most, generator)
     if inputs < 2 * FEW_INPUTS or len(rows) < 2 * FEW_INPUTS:
         return {}
-    values = wide(layer.weight[rows])
-    negative = (values < 0).sum(1).double()
-    filled = (values != 0).sum(1).double()  # pruning leaves few
-    if float(filled.median()) < 2 * FEW_INPUTS:
-        return {}
-    root = math.sqrt(float(filled.median()))
-    balance = (values.sum(1) / values.abs().sum(1)).double()
+    negative, filled, balance = _signs(stack, part.rows(rows))
+    usual = _middle(filled)  # pruning leaves few
+    root = usual.sqrt()
     spread = torch.arange(0, len(rows), max(1, len(rows) // MIRRORED), device=rows.device)
-    mirror = _mirror(values[spread]) * filled[spread].sqrt()
-    copied = (mirror < COPIED) & (balance[spread] < OUTWEIGHED) & (filled[spread] >= LEAST_FILLED)
-    centre = balance.median()
-    return {
-        "sign_balance": float((negative - filled / 2).abs().median()) / (root / 2),
-        "sum_balance": float((balance - centre).abs().median()) * root / 1.25,
-        "sum_centre": float(centre),
-        "mirror": float(mirror.median()),
-        "mirrored": float(copied.double().mean()),
+    mirror = _mirrors(stack, part.rows(rows[spread])) * filled[:, spread].sqrt()
+    copied = (mirror < COPIED) & (balance[:, spread] < OUTWEIGHED)
+    copied &= filled[:, spread] >= LEAST_FILLED
+    centre = _middle(balance)
+    away = _middle((balance - centre[:, None]).abs())
+    uneven = _middle((negative - filled / 2).abs())
+    found = {
+        "sign_balance": uneven / (root / 2).clamp_min(_TINY),
+        "sum_balance": away * root / 1.25,
+        "sum_centre": centre,
+        "mirror": _middle(mirror),
+        "mirrored": copied.double().mean(1),
     }
+    none = LayerStatistics()
+    told = usual >= 2 * FEW_INPUTS
+    return {name: torch.where(told, value, getattr(none, name)) for name, value in found.items()}
+
+
+def _signs(stack: Stack, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of some rows: how many entries are negative, how many not zero, sum over absolute sum."""
+    found = []
+    for slab in stack.row_slabs(places.shape[1]):
+        values = stack.part(places[:, slab])
+        balance = values.sum(2) / values.abs().sum(2)
+        signs = values.sign_()
+        total = signs.sum(2).double()
+        filled = signs.abs_().sum(2).double()
+        found.append(torch.stack([(filled - total) / 2, filled, balance.double()]))
+    negative, filled, balance = torch.cat(found, dim=2).unbind()
+    return negative, filled, balance
+
+
+def _mirrors(stack: Stack, places: Tensor) -> Tensor:
+    """Distance between both sorted halves of some rows, relative to their size."""
+    slabs = stack.row_slabs(places.shape[1])
+    return torch.cat([_mirror(stack.part(places[:, slab])) for slab in slabs], dim=1)
 
 
 def _mirror(values: Tensor) -> Tensor:
-    """Distance between both sorted halves of each row, relative to their size."""
-    half = values.shape[1] // 2
-    positive = values.clamp_min(0).sort(dim=1, descending=True).values[:, :half].double()
-    negative = (-values).clamp_min(0).sort(dim=1, descending=True).values[:, :half].double()
-    factor = positive.sum(1, keepdim=True) / negative.sum(1, keepdim=True).clamp_min(_TINY)
-    away = (positive - factor * negative).norm(dim=1)
-    relative: Tensor = away / positive.norm(dim=1).clamp_min(_TINY)
+    # numpy sorts many times faster than torch, which also says where each value was
+    rising = torch.from_numpy(np.sort(values.cpu().numpy(), axis=2)).to(values.device)
+    half = values.shape[2] // 2
+    positive = rising.flip(2)[:, :, :half].clamp_min(0).double()
+    negative = (-rising[:, :, :half]).clamp_min(0).double()
+    factor = positive.sum(2, keepdim=True) / negative.sum(2, keepdim=True).clamp_min(_TINY)
+    away = (positive - factor * negative).norm(dim=2)
+    relative: Tensor = away / positive.norm(dim=2).clamp_min(_TINY)
     return relative
 
 
-def _biases(bias: Tensor | None, norms: Tensor, alive: Tensor) -> dict[str, float]:
+def _biases(part: _Part) -> dict[str, Tensor]:
     """How far below their weights do the biases lie? A zero row counts by its bias's sign."""
-    if bias is None:
+    if part.bias is None:
         return {}
-    ratio = bias / norms.clamp_min(1e-6 * float(norms.max()))
+    ratio = part.bias / part.norms.clamp_min(1e-6 * part.norms.amax(1, keepdim=True))
     return {
-        "bias_centre": float(ratio[alive].median().clamp(-1e3, 1e3)),
-        "quantile_rows": float((ratio < QUANTILE).double().mean()),
-        "dead_rows": float((ratio < DEAD).double().mean()),
-        "lit_rows": float((ratio > -DEAD).double().mean()),
+        "bias_centre": _middle(ratio[:, part.alive]).clamp(-1e3, 1e3),
+        "quantile_rows": (ratio < QUANTILE).double().mean(1),
+        "dead_rows": (ratio < DEAD).double().mean(1),
+        "lit_rows": (ratio > -DEAD).double().mean(1),
     }
-
-
-def strongest(values: Sequence[float]) -> float:
-    """Largest of some strengths, 0 for none."""
-    return max(values, default=0.0)

@@ -38,6 +38,16 @@ def test_the_shipped_bundles_load_and_speak(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_many_vectors_are_judged_like_each_alone(name: str) -> None:
+    detector = load_detector(name)
+    width = len(detector.manifest.features)
+    vectors = np.random.default_rng(0).random((2 * bundle.MOST_AT_ONCE + 3, width)).tolist()
+    together = detector.anomaly(vectors)
+    for place in (0, bundle.MOST_AT_ONCE - 1, bundle.MOST_AT_ONCE, len(vectors) - 1):
+        assert together[place] == pytest.approx(detector.anomaly([vectors[place]])[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("file", [bundle.MODEL, bundle.CARD, bundle.RECIPE])
 def test_a_changed_file_withholds(copied: Path, name: str, file: str) -> None:
     path = copied / name / file

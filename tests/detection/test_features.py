@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sentinel.detection.features import FEATURES, FLOOR, Measured, update_features
+from sentinel.detection.features import FEATURES, Measured, update_features
+from sentinel.detection.survey import FLOOR
 from sentinel.errors import Withheld
 from sentinel.terms import Reason
 
