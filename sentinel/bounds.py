@@ -35,6 +35,15 @@ def auto_norms(house: House, key: RoundKey) -> dict[str, float]:
 
     Raises:
         Withheld: STATE_UNSAFE where what is remembered cannot be read.
+
+    Guarantees:
+        Rests on policy, released rounds and global models alone; between floor and ceiling of each
+        rule.
+
+    Edges:
+        no rule with `max_norm = "auto"`: none; no memory is touched
+        the first round of a run:         the geometric middle of floor and ceiling
+        a memory that cannot be read:     Withheld (STATE_UNSAFE)
     """
     limits = house.rules.autos
     return house.memory(key).norms(limits) if limits else {}
@@ -63,6 +72,19 @@ def learn(  # noqa: PLR0913 - what left, and all that is public about it
 
     Raises:
         Withheld: the memory cannot be read.
+
+    Guarantees:
+        Reads what left, the global model, the policy and the public part of the evidence. The
+        score, the raw update and the plan that was carried out have no part in it.
+
+    Edges:
+        no rule with `max_norm = "auto"`:  nothing is kept
+        a round that was learnt before:    counts once
+        no tensor that the bound is about: the rule keeps its bound
+        tied tensors:                      count once, under their first name
+        a memory that cannot be read:      Withheld (STATE_UNSAFE)
+        a memory that cannot be written:   Withheld (STORAGE_FAILED); asked for again, the round
+                                           gives what it stored
     """
     limits = house.rules.autos
     if not limits:
@@ -87,7 +109,16 @@ def learn(  # noqa: PLR0913 - what left, and all that is public about it
 
 
 def possible_plans(policy: Policy, evidence: Evidence) -> list[Plan]:
-    """Every plan that releases and that some sensitivity score leads to, the calmest first."""
+    """Every plan that releases and that some sensitivity score leads to, the calmest first.
+
+    Guarantees:
+        The score of `evidence` has no part in it.
+
+    Edges:
+        no rule on the score:                one plan
+        a rule that withholds above a score: the plans below it alone
+        nothing may leave at any score:      none
+    """
     asked = {rule.when.sensitivity for rule in policy.rules if rule.when is not None}
     scores = sorted({0.0} | {score for score in asked if score is not None})
     plans = [decide(policy, replace(evidence, sensitivity=score)) for score in scores]

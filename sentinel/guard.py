@@ -52,6 +52,12 @@ class Guard:
         - Every error withholds. Whatever is released was charged and recorded before.
         - Level L0: the guard runs inside the training process. It protects honest training code
           against the server; it does not hold against training code that wants out.
+
+    Edges:
+        an argument that cannot be right: MisuseError; nothing is opened
+        state that cannot be trusted:     Withheld, told in an alert
+        several guards on one folder:     each operation is locked; one ledger, one log
+        killed at any instant:            whatever left was charged and recorded
     """
 
     def __init__(  # noqa: PLR0913 - each names one thing that a site decides
@@ -131,6 +137,17 @@ class Guard:
 
         Raises:
             MisuseError: an argument that cannot be right.
+
+        Guarantees:
+            Nothing is read of the update, charged or recorded before the round is entered.
+
+        Edges:
+            a number below 0, beyond 2^53, or none at all: MisuseError
+            `patients` that is no whole number:            MisuseError
+            a whole number of numpy:                       that number
+            a global state with no entry, or none at all:  MisuseError
+            a model that is no module:                     MisuseError
+            shards of a model:                             MisuseError: `sentinel.distributed.Guard`
         """
         number = require_whole(number, "The number of a round")
         if patients is not None:
@@ -186,6 +203,18 @@ class Guard:
         Raises:
             MisuseError: a model, optimizer or loader that cannot be made private, and what to do.
             PolicyError: the policy lacks a figure, such as `privacy.batch`.
+
+        Guarantees:
+            Rounds of this model are released only as the private steps left it, every step charged
+            (see `sentinel.dpsgd.PrivateTraining`). Sampling and noise rest on public figures and on
+            the system's entropy.
+
+        Edges:
+            a policy that promises nothing, or for a site: MisuseError
+            the same model once more:                      private by the new arguments alone; the
+                                                           budget goes on
+            anything that is refused:                      model and optimizer are as they were
+            a process group of several ranks:              MisuseError
         """
         require_one_process()
         if model in self._private:
@@ -208,6 +237,16 @@ class Guard:
         The wrapped function takes two keywords of its own: `round_number` (the next number of the
         run where left out: a global model seen last keeps its number) and `patients`. It is handed
         a copy of the global state, so that it may train in place.
+
+        Guarantees:
+            What the wrapped function returns went through `Round.release`, or an error is raised.
+
+        Edges:
+            the same global model again:         the same number, so the stored bytes
+            a number given by the caller:        that one; the counter stays
+            a function that raises:              the round is aborted, and its error is seen
+            a function that gives no state dict: MisuseError
+            a counter that cannot be read:       Withheld (STATE_UNSAFE)
         """
 
         @functools.wraps(train)

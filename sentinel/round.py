@@ -42,7 +42,23 @@ class _Stage(enum.Enum):
 
 
 class Round:
-    """One round: new, open, trained, and then released, withheld or aborted; wrong order raises."""
+    """One round: new, open, trained, and then released, withheld or aborted; wrong order raises.
+
+    Guarantees:
+        What leaves is given by `release` alone, after it was charged and recorded. Entering looks
+        at the global model, its history, the policy, the account and `patients`: never at an
+        update.
+
+    Edges:
+        entered twice, or released before it is entered: MisuseError
+        a global model that the policy refuses:          RoundRefused; the model is not loaded
+        a global state that does not fit the model:      Withheld (STRUCTURE_MISMATCH); the model is
+                                                         as it was
+        an exception in the block:                       recorded; nothing can be released any more
+        `withhold` before it is entered:                 REFUSED; it cannot be entered
+        `withhold` of a round that has ended:            it stays as it was
+        `withhold` of an open round:                     WITHHELD; `release` raises
+    """
 
     def __init__(  # noqa: PLR0913, PLR0917 - each is one part of a round
         self,
@@ -141,6 +157,27 @@ class Round:
         Raises:
             Withheld: nothing leaves; `.reason` says why.
             MisuseError: wrong order, or a local state where none (or one) was expected.
+
+        Guarantees:
+            The bounds and the noise of the plan hold for what is returned. Under a promise its own
+            clip and noise come first, fixed before the update was seen, and the plan rests on what
+            they leave. Once the update was released, or refused for its values, the local state is
+            not looked at again under this number.
+
+        Edges:
+            an update of zeros:                         released like any other, with all its noise
+            a difference that is NaN, Inf or too large: NOT_FINITE, charged and final
+            an empty entry:                             a parameter of no values
+            a 0-d entry:                                a parameter of one value, inside the norm
+            integers, booleans, statistics:             the global model's values go back
+            float16 and bfloat16:                       worked on in float32 or wider, cast once
+            tied entries:                               one parameter, counted and noised once
+            an unknown, missing or reshaped entry:      STRUCTURE_MISMATCH, by name
+            a global state changed in training:         GLOBAL_MODEL_CHANGED
+            released before:                            the stored bytes, whatever the local state
+                                                        is
+            released before in another `kind`:          MisuseError
+            an error that nobody foresaw:               INTERNAL_ERROR, without its text
         """
         require_stage(self._stage, _Stage.OPEN, _Stage.TRAINED, _Stage.RELEASED)
         require_kind(kind)
@@ -176,6 +213,15 @@ class Round:
         Raises:
             MisuseError: the round has not been released, or a metric that may leave is no finite
                 number.
+
+        Guarantees:
+            Only names that the policy lists leave; under a promise only its own public figure.
+
+        Edges:
+            a name that the policy does not list: dropped
+            before the release:                   MisuseError
+            NaN, Inf or no number:                MisuseError
+            `num-examples` under a promise:       the public figure, or left out where there is none
         """
         require_stage(self._stage, _Stage.RELEASED)
         policy = self._door.house.rules

@@ -30,6 +30,7 @@ STEP_TARGET = TARGET / 2  # steps share a part of the updates only, so that less
 STEP_SPREAD = 1.0  # variance at which the coherent part of global steps counts: 20 times SPREAD
 STEPS = 5  # global steps in the window; the median needs three to be large
 REMEMBERED = 32  # rounds that are known to be counted
+_LARGEST = 2.0**400  # number of a sketch; products of larger ones leave the range of float64
 _COMMON = 2.0  # standard deviations that are taken off the coherent part of two steps
 
 
@@ -72,19 +73,20 @@ class Bound:
         coherent: squared size of what consecutive global steps have in common, for the last `STEPS`
             of them, less what noise could make of it.
 
-    Guarantees (one test each):
+    Guarantees:
+        A function of what `Seen` holds, and of nothing else.
 
-        | case                                         | next bound                            |
-        |----------------------------------------------|---------------------------------------|
-        | whatever is seen                             | floor <= norm <= ceiling              |
-        | one round                                    | moves by a factor of at most sqrt(2)  |
-        | a round that counted before                  | the same                              |
-        | fill unknown, infinite or NaN                | moved by no look at this site         |
-        | other parameters, or another model           | a fresh start                         |
-        | global steps however large                   | never lower; up like a full release   |
-        | one crafted global model in five rounds      | as without it                         |
-
-        It is a function of what `Seen` holds, and of nothing else.
+    Edges:
+        `after`, whatever is seen:                   floor <= norm <= ceiling
+        `after` one round:                           moved by a factor of at most sqrt(2)
+        a round that counted before:                 the same bound
+        fill unknown, infinite or NaN:               moved by no look at this site
+        other parameters, or another model:          a fresh start
+        global steps however large:                  never lower; up like a full release
+        one crafted global model in five rounds:     as without it
+        a global model of NaN, Inf, or beyond 1e120: its steps count as none
+        `fresh`:                                     the geometric middle of floor and ceiling
+        `within` limits that have changed:           held between the new ones
     """
 
     norm: float
@@ -134,8 +136,9 @@ class Bound:
         The inner product of two steps holds what they have in common. Their noise is independent
         and drops out, so that noise which all sites add does not pass for a large update.
         """
-        follows = bool(self.model) and seen.number == self.number + 1
-        step = _difference(seen.model, self.model) if follows else ()
+        model = seen.model if all(abs(one) < _LARGEST for one in seen.model) else ()
+        follows = bool(self.model and model) and seen.number == self.number + 1
+        step = _difference(model, self.model) if follows else ()
         coherent = self.coherent
         if step and self.step:
             common = _product(step, self.step)
@@ -147,7 +150,7 @@ class Bound:
             reach=seen.reach,
             number=seen.number,
             counted=(*self.counted, seen.round)[-REMEMBERED:],
-            model=seen.model,
+            model=model,
             step=step,
             coherent=coherent,
         )

@@ -45,17 +45,17 @@ class Keeper(Protocol):
 class Memory:
     """The bounds of one run.
 
-    Guarantees (one test each):
+    Guarantees:
+        What it holds are `Bound`s, so no tensor and no figure of an update that did not leave. The
+        file is replaced whole; `learn` holds its lock from reading to writing.
 
-        | case                              | what happens                                        |
-        |-----------------------------------|-----------------------------------------------------|
-        | no file yet                       | every bound is fresh                                |
-        | a file that cannot be understood  | Withheld (STATE_UNSAFE); it is neither mended nor   |
-        |                                   | replaced                                            |
-        | killed while writing              | the old file or the new one, whole                  |
-        | two processes learn at once       | both rounds count                                   |
-        | a rule that is gone               | forgotten with the next round                       |
-        | limits that have changed          | hold at once                                        |
+    Edges:
+        no file yet:                      `norms` gives every bound fresh
+        a file that cannot be understood: Withheld (STATE_UNSAFE); it is neither mended nor replaced
+        killed while writing:             the old file or the new one, whole
+        two processes `learn` at once:    both rounds count
+        a rule that is gone:              forgotten with the next round
+        limits that have changed:         hold at once
     """
 
     def __init__(self, keeper: Keeper) -> None:

@@ -68,6 +68,17 @@ def shown(
         released: what left: weights, or differences where `deltas`.
         names: floating tensors, each once; of tied ones the first.
         deltas: whether `released` holds differences.
+
+    Guarantees:
+        A function of the released state and, for weights, of the global model: of nothing that did
+        not leave. Neither is written to.
+
+    Edges:
+        a 0-d tensor:                one value
+        an empty tensor:             no values, and all figures 0
+        float16 or bfloat16:         measured in float64, in which the values are exact
+        NaN or Inf among the values: figures that are not finite; `fill_of` is None
+        `deltas`:                    the global model is not looked at
     """
     return {
         name: _measure(None if deltas else base[name], released[name].detach()) for name in names
@@ -102,13 +113,16 @@ def fill_of(
         The fill; None where no plan fits that releases all of `parts`, or nothing is in them.
 
     Guarantees:
+        A function of what was released and of public plans. The plan that was carried out has no
+        part in it.
 
-        | case                                       | fill                                      |
-        |--------------------------------------------|-------------------------------------------|
-        | noise and mask as some plan says           | unbiased: that of the clipped update      |
-        | a tensor of `parts` was withheld           | None: its part of the norm is not seen    |
-        | nothing released, no values                | None                                      |
-        | two raw updates, the same released values  | the same                                  |
+    Edges:
+        noise and mask as some plan says:     unbiased: the fill of the clipped update
+        a tensor of `parts` was withheld:     None: its part of the norm is not seen
+        nothing released, no values, no plan: None
+        figures that are not finite:          None
+        two raw updates, the same release:    the same
+        a tied tensor:                        the strictest treatment of its names
     """
     if not sum(part.values for part in parts.values()):
         return None

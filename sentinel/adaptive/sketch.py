@@ -32,6 +32,16 @@ def sketch(state: Mapping[str, torch.Tensor], names: Iterable[str]) -> tuple[flo
     Returns:
         `WIDTH` numbers; not finite where the state is not.
 
+    Guarantees:
+        Linear: the sketch of a difference is the difference of the sketches. The same in every
+        process and version. The state is not written to.
+
+    Edges:
+        no names, or empty tensors: zeros
+        a 0-d tensor:               one value
+        float16 or bfloat16:        added up in float64
+        NaN or Inf:                 numbers that are not finite; such a step counts as none
+
     Reference: Charikar, Chen, Farach-Colton, "Finding frequent items in data streams", 2002.
     """
     total = torch.zeros(WIDTH, dtype=torch.float64)

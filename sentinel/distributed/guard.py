@@ -45,18 +45,22 @@ class Guard:
 
     Guarantees:
         What `sentinel.Guard` guarantees, since the leader has one and nothing leaves but through
-        it, and for several processes:
+        it; and of several processes all release, or none does.
 
-        | what happens | what follows |
-        |---|---|
-        | ranks name another policy, run, round, number of patients, global state or model; or \
-          replicas differ after training | all withhold: RANKS_DISAGREE |
-        | a rank raises in its block | that rank sees its error, the others withhold: RANK_LOST |
-        | a rank dies, at any point | the living ranks withhold: RANK_LOST, at once |
-        | a rank hangs | the others withhold after `timeout`: RANK_LOST |
-        | the leader dies after it has recorded a release | the job, started again, gives the \
-          stored bytes to all ranks |
-        | a rank is lost | the guard is used up on every rank; the job starts again |
+    Edges:
+        ranks name another policy, run or round:     all withhold: RANKS_DISAGREE
+        ranks have another global state or model:    all withhold: RANKS_DISAGREE
+        replicas differ after training:              all withhold: RANKS_DISAGREE
+        a rank raises in its block:                  it sees its error, the others withhold:
+                                                     RANK_LOST
+        a rank dies, at any point:                   the living ranks withhold: RANK_LOST, at once
+        a rank hangs:                                the others withhold after `timeout`: RANK_LOST
+        the leader dies after it recorded a release: the job, started again, gives the stored bytes
+                                                     to all ranks
+        a rank is lost:                              the guard is used up on every rank; the job
+                                                     starts again
+        the leader cannot start:                     no rank does
+        no process group:                            MisuseError, which names `sentinel.Guard`
     """
 
     def __init__(  # noqa: PLR0913 - each names one thing that a site decides
@@ -142,6 +146,14 @@ class Guard:
 
         Raises:
             MisuseError: an argument that cannot be right.
+
+        Guarantees:
+            Nothing crosses ranks, and nothing is charged or recorded, before the round is entered.
+
+        Edges:
+            a number, patients or model that cannot be right: MisuseError
+            no global state on the leader:                    MisuseError
+            no global state on another rank:                  it gets the leader's values
         """
         number = require_whole(number, "The number of a round")
         if patients is not None:

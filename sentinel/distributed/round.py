@@ -49,7 +49,22 @@ class _Stage(enum.Enum):
 
 
 class Round:
-    """One round, as one rank sees it; every rank makes the same calls in the same order."""
+    """One round, as one rank sees it; every rank makes the same calls in the same order.
+
+    Guarantees:
+        Every norm is of the whole update and every coordinate gets one draw of noise, since the
+        leader alone takes the update through the steps. The ranks agree on the answer, or the
+        living ones withhold.
+
+    Edges:
+        `release` asked for on some ranks only:     withheld
+        `release` asked for in different ways:      RANKS_DISAGREE
+        released before:                            the stored bytes, to every rank
+        a rank that is not the leader:              None, unless asked for `everywhere`
+        `metrics` on a rank that is not the leader: none
+        a global model that the policy refuses:     RoundRefused on all ranks, loaded on none
+        an exception in the block of one rank:      aborted on all; no text of it crosses
+    """
 
     def __init__(
         self,

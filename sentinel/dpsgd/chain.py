@@ -26,15 +26,17 @@ class Chain:
     """What a model and its optimizer must be when the next private step begins.
 
     Guarantees:
-        | changed between two private steps, before the first or after the last | `require` |
-        |---------------------------------------------|-------------------------------------|
-        | a trainable parameter, by whatever way      | raises                              |
-        | a frozen parameter or a buffer              | raises                              |
-        | an entry of the optimizer's state           | raises                              |
-        | a parameter frozen, thawed or replaced      | raises                              |
-        | nothing; a value that is NaN and stays so   | passes                              |
+        `require` passes only where every value that a forward pass or the optimizer may use is, bit
+        by bit, what the last private step left, or the global model's. What is changed and put back
+        before the next step is not seen.
 
-        What is changed and put back before the next step is not seen.
+    Edges:
+        a trainable parameter changed, by whatever way: raises
+        a frozen parameter or a buffer changed:         raises
+        an entry of the optimizer's state changed:      raises
+        a parameter frozen, thawed or replaced:         raises
+        a value that is NaN and stays so:               passes
+        nothing changed:                                passes
     """
 
     def __init__(

@@ -26,14 +26,15 @@ class Chance:
     """Puts torch's generators aside for a pass of the model, and back.
 
     Guarantees:
-        | the pass                               | the loop's own generators afterwards   |
-        |----------------------------------------|----------------------------------------|
-        | ended, or raised an error              | as before the pass, bit by bit         |
-        | interrupted (Ctrl-C)                   | as before, when the round ends or goes on |
-        | with a seed that was set before it     | its masks do not depend on that seed   |
-        | sets a seed in itself (`manual_seed`)  | as before; its masks are not covered   |
+        Between `begin` and `end` the CPU's generator holds 624 fresh words of 32 bits, a GPU's a
+        fresh seed of 64 bits.
 
-        The CPU's generator gets 624 fresh words of 32 bits, a GPU's a fresh seed of 64 bits.
+    Edges:
+        a pass that ended, or raised an error:     the loop's generators are as before, bit by bit
+        one that was interrupted (Ctrl-C):         as before, when the round ends or goes on
+        a seed that was set before the pass:       its masks do not depend on it
+        a seed that the pass sets (`manual_seed`): as before; its masks are not covered
+        `begin` twice, or `end` twice:             as once
     """
 
     def __init__(self, entropy: Entropy) -> None:

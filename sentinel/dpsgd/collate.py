@@ -42,13 +42,15 @@ class UnitCollate:
     """Collates each unit alone and joins what comes back.
 
     Guarantees:
-        | the loop's collate function              | gives                                 |
-        |------------------------------------------|---------------------------------------|
-        | keeps its records in order               | the same as over the whole batch      |
-        | sorts, shuffles or mixes them            | the same within a unit, none across   |
-        | drops or repeats records                 | an error                              |
-        | pads to the longest in the batch         | an error where units differ in width  |
-        | is given no unit                         | what it makes of one blank record     |
+        No row of the batch is made of records of two units: the function never sees two of them at
+        once.
+
+    Edges:
+        a function that keeps its records in order: gives the same as over the whole batch
+        one that sorts, shuffles or mixes them:     the same within a unit, none across
+        one that drops or repeats records:          an error
+        one that pads to the longest in the batch:  an error where units differ in width
+        no unit:                                    what it makes of one blank record
     """
 
     def __init__(self, inner: Callable[[list[Any]], Any], blank: Any) -> None:  # noqa: ANN401 - whatever a record is

@@ -88,6 +88,19 @@ class PrivateLoader:
     An epoch has `cohort / batch` batches, by the public figures. Batches differ in size. An empty
     one comes as one blank record (zeros) that counts for nobody, so that loops need not know of
     empty batches.
+
+    Guarantees:
+        Every batch is drawn by `draw`, with coins of the entropy it was given: neither the loop's
+        order, its batch size, its workers nor a seed of torch has a part in who is in it. How many
+        batches there are is public.
+
+    Edges:
+        nobody was drawn:                         a blank record of zeros, nobody's
+        more records than `most`:                 pieces that hold whole units
+        a unit with more records than its cap:    as many as the cap allows
+        a data set or collating that drops rows:  MisuseError, and the round is withheld
+        a record that cannot be blanked:          MisuseError
+        a budget that does not pay for the epoch: Withheld, before a batch is drawn
     """
 
     def __init__(  # noqa: PLR0913 - the parts of a loader

@@ -27,13 +27,16 @@ class LossWatch:
     """Looks at every torch.nn loss that runs while a batch is open, and remembers what was wrong.
 
     Guarantees:
-        | a loss of torch.nn with reduction "mean", in training | `require_plain`              |
-        |--------------------------------------------------------|------------------------------|
-        | CrossEntropyLoss, NLLLoss with class weights           | raises                       |
-        | the same, and a target has the class `ignore_index`    | raises                       |
-        | without either; any other loss                         | passes                       |
-        | reduction "sum" or "none"; targets that are shares     | passes                       |
-        | any, in evaluation (its input has no gradient)         | passes                       |
+        Of the losses of torch.nn that run in a batch, none that is a mean over weights or over a
+        count of its targets passes `require_plain`. Losses written by hand are not looked at.
+
+    Edges:
+        class weights, with reduction "mean":           raises
+        a target of the class `ignore_index`, the same: raises
+        neither of them, or any other loss:             passes
+        reduction "sum" or "none":                      passes
+        targets that are shares:                        passes
+        in evaluation (the input has no gradient):      passes
     """
 
     def __init__(self) -> None:

@@ -83,12 +83,11 @@ class Quantile:
             The counts are used only as `unclipped - units / 2` plus noise. The divisor is the
             public `batch`.
 
-            | batch            | moves the clip norm                                  |
-            |------------------|------------------------------------------------------|
-            | empty            | by noise around a share of 1/2                       |
-            | all unclipped    | down, by at most a factor exp(-RATE)                 |
-            | none unclipped   | up, by at most a factor exp(RATE)                    |
-            | any              | never below `floor` or above `ceiling`               |
+        Edges:
+            an empty batch: moved by noise around a share of 1/2
+            all unclipped:  down, by at most a factor exp(-RATE)
+            none unclipped: up, by at most a factor exp(RATE)
+            any batch:      never below `floor` or above `ceiling`
         """
         centred = torch.tensor([unclipped - _HALF * units], dtype=torch.float64)
         add_noise_(centred, self.count_std, grid_step(_HALF, 1, self.count_std), entropy)

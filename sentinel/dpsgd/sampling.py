@@ -58,10 +58,9 @@ def draw(units: Units, rate: Rate, entropy: Entropy) -> Drawn:
         than 2^-52 below it. How many units there are has no part in it. (Abadi et al. 2016,
         section 3.1; the amplification that the ledger counts is for this sampling and no other.)
 
-        | units, q     | drawn                              |
-        |--------------|------------------------------------|
-        | no unit      | an empty batch                     |
-        | q = 1        | every unit; charged without amplification |
+    Edges:
+        no unit: an empty batch
+        q = 1:   every unit; charged without amplification
     """
     coins = uniform(len(units), entropy, CPU)
     chosen = torch.nonzero(coins <= rate.probability)[:, 0].numpy().astype(np.int64, copy=False)

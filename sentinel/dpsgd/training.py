@@ -42,6 +42,9 @@ if TYPE_CHECKING:
     from sentinel.releases import RoundKey
 
 
+_SCALES = "_step_supports_amp_scaling"  # torch's word on an optimizer, for its GradScaler
+
+
 class _Stage(enum.Enum):
     IDLE = "no round is open"
     OPEN = "a round is open"
@@ -59,21 +62,27 @@ class PrivateTraining:
         What a round releases is the global state after private steps alone, each charged; else it
         is withheld. What `Chain`, `Wrapped`, `LossWatch`, `Chance` and `Bound` see to is in theirs.
 
-        | the loop                                     | the round                             |
-        |----------------------------------------------|---------------------------------------|
-        | takes no step                                | is charged for one                    |
-        | gets a batch of nobody                       | takes a step of noise alone, charged  |
-        | gets a record of NaN or Inf                  | leaves its unit out of that step      |
-        | leaves rows of a batch out, or moves them    | raises; the step is not taken         |
-        | leaves a forward pass without a backward one | raises; the step is not taken         |
-        | skips a batch, or steps twice on one         | raises; nothing is released           |
-        | steps outside of a round                     | raises                                |
-        | ends in an error                             | is aborted; its momentum goes on in   |
-        |                                              | no later round                        |
-        | runs out of budget                           | begins no epoch that is not paid for  |
-
         Rows that were changed as well as moved, and records from elsewhere in the place of a batch,
         are not recognised: docs/private-training.md says what else is not covered.
+
+    Edges:
+        no step:                                       the round is charged for one: `first_step`
+        a batch of nobody:                             a step of noise alone, charged
+        a record of NaN or Inf:                        its unit is left out of that step
+        rows of a batch left out, or moved:            raises; the step is not taken
+        a forward pass without a backward one:         raises; the step is not taken
+        a batch skipped, or a second step on one:      raises; nothing is released
+        a step outside of a round:                     raises
+        a round that ends in an error (`end`):         aborted; its momentum goes on in no later
+                                                       round
+        `begin` with momentum that was not charged:    PROMISE_NOT_KEPT
+        `begin` after model or optimizer were changed: MisuseError
+        `conclude` after another round was begun:      PROMISE_NOT_KEPT
+        `require_epoch` without budget:                BUDGET_EXHAUSTED; what was trained may be
+                                                       released
+        `open_batch` without a step on the one before: MisuseError; nothing is released
+        `remove`:                                      the model trains as before, and privately no
+                                                       more
     """
 
     def __init__(
@@ -112,7 +121,8 @@ class PrivateTraining:
         self._sum: ClippedSum | None = None
         self._units = 0
         self._wrapped.hook(self._before_step, self._after_step)
-        optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]  # noqa: SLF001 - so that a scaler hands itself over, and is refused
+        self._scales = getattr(optimizer, _SCALES, False)
+        setattr(optimizer, _SCALES, True)  # so that a scaler hands itself over, and is refused
 
     @property
     def steps(self) -> int:
@@ -130,6 +140,7 @@ class PrivateTraining:
         self._taps.active = False
         self._losses.end()
         self._wrapped.remove()
+        setattr(self._optimizer, _SCALES, self._scales)
 
     def begin(self, key: RoundKey, base: Mapping[str, Tensor]) -> PrivateRound:
         """A round was entered, and the model has been loaded with the global state.
@@ -367,7 +378,17 @@ class PrivateTraining:
 
 
 class PrivateRound:
-    """The private training of one round, as its release sees it."""
+    """The private training of one round, as its release sees it.
+
+    Guarantees:
+        `conclude` answers for the round it was made in and for no other: what it returns is the
+        cost of everything that private steps did to `local`, and nothing else had a part in it.
+
+    Edges:
+        no step was taken:              `conclude` gives the cost of one, as `first_step`
+        a local state of anything else: `conclude` raises PROMISE_NOT_KEPT
+        another round was begun since:  `conclude` raises PROMISE_NOT_KEPT
+    """
 
     def __init__(self, training: PrivateTraining, chain: Chain) -> None:
         """Made by `PrivateTraining.begin`."""

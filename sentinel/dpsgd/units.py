@@ -47,6 +47,17 @@ class Units:
         records: every dataset index, those of a unit side by side, (records,).
         starts: where each unit's records begin in `records`, and the end, (units + 1,).
         cap: most records of one unit in one batch.
+
+    Guarantees:
+        Each record is of exactly one unit. Of the ids nothing is kept but who is the same.
+
+    Edges:
+        `single`:                                     each record is a unit
+        `grouped` with no records:                    no units
+        `grouped`, ids by any kind of number or text: as they compare equal
+        `grouped`, an id that is None, NaN or empty:  MisuseError
+        `grouped`, more or fewer ids than records:    MisuseError, which names no id
+        `grouped`, a set or a dict of ids:            MisuseError: they say nothing of the order
     """
 
     records: Whole
@@ -90,11 +101,10 @@ class Units:
         Guarantees:
             Which records of a unit are taken depends on that unit and on fresh entropy alone.
 
-            | unit                  | taken                                      |
-            |-----------------------|--------------------------------------------|
-            | up to `cap` records   | all                                        |
-            | more                  | `cap` of them, every subset equally likely |
-            | none drawn            | nothing: an empty batch                    |
+        Edges:
+            a unit of up to `cap` records: all of them
+            a unit of more:                `cap` of them, every subset equally likely
+            no unit drawn:                 nothing: an empty batch
         """
         counts = self.starts[units + 1] - self.starts[units]
         total = int(counts.sum())

@@ -46,6 +46,19 @@ def wrap(  # noqa: PLR0913 - each names one thing that the loop has
     Raises:
         MisuseError: something that private training refuses, and what to use in its place.
         PolicyError: the policy lacks a figure.
+
+    Guarantees:
+        Batches and training are of one plan, read from the policy once; nothing that the caller
+        passes loosens it. What is refused leaves model and optimizer as they were.
+
+    Edges:
+        ids under unit "patient" left out:            MisuseError
+        more than twice the public cohort:            MisuseError
+        no promise, or one for a site:                MisuseError
+        `max_records` below a patient's cap:          MisuseError
+        a record that cannot be blanked:              MisuseError; the model is not tapped
+        a layer that mixes records:                   MisuseError, which names it
+        an optimizer used before, or of its own kind: MisuseError
     """
     plan = Plan.of(house.rules)
     if loss_reduction not in ("mean", "sum"):
@@ -60,15 +73,19 @@ def wrap(  # noqa: PLR0913 - each names one thing that the loop has
     known = require_loader(loader)
     units = _units(plan, known.dataset, patients)
     training = PrivateTraining(house, plan, model, optimizer, mean_loss=loss_reduction == "mean")
-    batches = PrivateLoader(
-        known,
-        units,
-        plan.rate,
-        house.entropy(),
-        most=max_records,
-        on_epoch=training.require_epoch,
-        on_piece=training.open_batch,
-    )
+    try:
+        batches = PrivateLoader(
+            known,
+            units,
+            plan.rate,
+            house.entropy(),
+            most=max_records,
+            on_epoch=training.require_epoch,
+            on_piece=training.open_batch,
+        )
+    except BaseException:
+        training.remove()  # a refusal leaves model and optimizer as they were
+        raise
     return training, batches
 
 

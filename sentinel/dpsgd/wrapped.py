@@ -38,17 +38,17 @@ class Wrapped:
         trainable: the parameters that are trained, each once, in the model's order.
 
     Guarantees:
-        | changed since guard.private                       | `require_unchanged`              |
-        |---------------------------------------------------|----------------------------------|
-        | a parameter thawed, frozen, added or replaced     | raises                           |
-        | `add_param_group`, or a group taken away          | raises                           |
-        | a layer put in, taken out or replaced             | raises                           |
-        | a step hook of somebody else's                    | raises                           |
+        `require_unchanged` passes only where both are, part by part, what guard.private took.
+        `require_settings` passes where no setting changed since the round's first batch, or an
+        LRScheduler is attached; with one, it does not tell who changed them.
 
-        | since the round's first batch                     | `require_settings`               |
-        |---------------------------------------------------|----------------------------------|
-        | a setting of the optimizer, with an LRScheduler   | passes                           |
-        | the same without one (ReduceLROnPlateau, by hand) | raises                           |
+    Edges:
+        a parameter thawed, frozen, added or replaced: `require_unchanged` raises
+        `add_param_group`, or a group taken away:      `require_unchanged` raises
+        a layer put in, taken out or replaced:         `require_unchanged` raises
+        a step hook of somebody else's:                `require_unchanged` raises
+        a setting changed, with an LRScheduler:        `require_settings` passes
+        the same without one, by the loss or by hand:  `require_settings` raises
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

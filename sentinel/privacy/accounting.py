@@ -77,18 +77,18 @@ def total(
         Each accountant gives an upper bound, so the smallest is one. The slack of the drawn noise
         is added by `loosen`.
 
-        | events                              | accountant                                       |
-        |-------------------------------------|--------------------------------------------------|
-        | none                                | epsilon 0, exact                                 |
-        | no Poisson sampling                 | exact: one Gaussian mechanism (Dong, Roth, Su    |
-        |                                     | 2022), its epsilon by Balle and Wang 2018        |
-        | with Poisson sampling               | RDP                                              |
-        | the same, `tight`                   | the smaller of RDP and PLD                       |
-        | noise multiplier below 0.05         | infinity; no accountant is asked                 |
-        | shuffled epochs (sampling "none")   | as Gaussian mechanisms: no amplification         |
-        | a coarser unit under add-or-remove  | as replaced: see `neighbours`                    |
-        | a finer unit, or no promise         | void; the rest is still added up                 |
-        | slack not known (version 1)         | counted as none, and said in `slack_unknown`     |
+    Edges:
+        no event:                           epsilon 0, exact
+        no Poisson sampling:                exact: one Gaussian mechanism (Dong, Roth, Su 2022), its
+                                            epsilon by Balle and Wang 2018
+        with Poisson sampling:              RDP
+        with Poisson sampling, `tight`:     the smaller of RDP and PLD
+        noise multiplier below 0.05:        infinity; no accountant is asked
+        shuffled epochs (sampling "none"):  as Gaussian mechanisms: no amplification
+        a coarser unit under add-or-remove: as replaced; see `neighbours`
+        a finer unit, or no promise:        void; the rest is still added up
+        slack not known (version 1):        counted as none, and said in `slack_unknown`
+        a delta of 0:                       infinity, where anything was charged
     """
     counted = _counted(events, promise)
     void = len(counted) < len(events)
@@ -104,7 +104,17 @@ def total(
 
 
 def weigh(events: Mapping[PromisedEvent | UnboundedEvent, int], promise: Promise) -> Spent:
-    """The total by which a charge is allowed: the quick one where it fits, else the tightest."""
+    """The total by which a charge is allowed: the quick one where it fits, else the tightest.
+
+    Guarantees:
+        An upper bound, as every total is, and never above the quick one: a charge is refused only
+        where no accountant allows it.
+
+    Edges:
+        the quick total fits the promise: it is given; nothing slower is asked
+        it does not fit:                  `total` with `tight`
+        no event:                         epsilon 0
+    """
     quick = total(events, promise)
     return quick if quick.epsilon <= promise.epsilon else total(events, promise, tight=True)
 
@@ -112,7 +122,18 @@ def weigh(events: Mapping[PromisedEvent | UnboundedEvent, int], promise: Promise
 def by_accountant(
     events: Mapping[PromisedEvent | UnboundedEvent, int], promise: Promise
 ) -> dict[str, float]:
-    """Epsilon by each accountant that can tell, by name; `total(tight=True)` is the smallest."""
+    """Epsilon by each accountant that can tell, by name; `total(tight=True)` is the smallest.
+
+    Guarantees:
+        Each figure is an upper bound by itself, slack included. What makes a total void is left out
+        here as well.
+
+    Edges:
+        no event:                    0, by exact composition
+        no Poisson sampling:         exact composition alone: the others could only be looser
+        noise multiplier below 0.05: infinity
+        a finer unit, or no promise: left out
+    """
     counted = _counted(events, promise)
     composition = compose(counted, promise.unit, promise.adjacency)
     return dict(_epsilons(composition, promise.delta, _slack(counted)[0], tight=True))

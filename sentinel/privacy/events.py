@@ -35,6 +35,15 @@ class GaussianEvent(_Event):
 
     Version 1 does not know its slack, version 2 does. Made without slack, an event is of version 1.
     A total counts unknown slack as none and says for how many charges it did so.
+
+    Guarantees:
+        Frozen, and a function of policy and shapes alone.
+
+    Edges:
+        noise multiplier of 0, NaN or Inf:     ValueError
+        log_ratio without mass, or mass alone: ValueError
+        slack below 0 or NaN, mass above 1:    ValueError
+        an unknown kind, version or field:     ValueError
     """
 
     kind: Literal["gaussian"] = "gaussian"
@@ -81,6 +90,17 @@ class DpSgdEvent(_Event):
         steps: noisy steps, those with an empty batch included.
         log_ratio: slack of the drawn noise over all steps.
         mass: slack of the drawn noise over all steps.
+
+    Guarantees:
+        Frozen, and a function of policy, shapes and number of steps alone.
+
+    Edges:
+        noise multiplier of 0 or below, NaN or Inf: ValueError
+        a rate of 0, above 1, or NaN:               ValueError
+        a rate below 1 with sampling "none":        ValueError: only Poisson sampling amplifies
+        no step, a part of one, or above 10^9:      ValueError
+        unit "site":                                ValueError: that is a Gaussian event
+        an unknown kind, version or field:          ValueError
     """
 
     kind: Literal["dp-sgd"] = "dp-sgd"

@@ -152,14 +152,13 @@ def steps_paid(promise: Promise, noise_multiplier: float, sampling_rate: float) 
         The count, and what it costs.
 
     Guarantees:
-        | case                                  | count                                            |
-        |---------------------------------------|--------------------------------------------------|
-        | the first step costs more than there is | 0                                              |
-        | up to 5000 by the quick accountant    | as many as the ledger charges, and not one more  |
-        | more                                  | at least so many; the tight one would take long  |
-
         The slack of the noise counts as none: it is a matter of the model's size, and too small to
         be seen in a number of steps.
+
+    Edges:
+        the first step costs more than there is: 0
+        up to 5000 by the quick accountant:      as many as the ledger charges, not one more
+        more:                                    at least so many; the tight one would take long
     """
     step = next_event(promise, noise_multiplier, [], steps=1, sampling_rate=sampling_rate)
     quick = _largest(lambda count: total({step: count}, promise).epsilon <= promise.epsilon, 0)

@@ -96,7 +96,24 @@ class Row(Charge):
 
 
 class Ledger:
-    """The account in one file, shared by threads and processes."""
+    """The account in one file, shared by threads and processes.
+
+    Guarantees:
+        What the rules of this module say, as long as the disk keeps what it has synced.
+
+    Edges:
+        no file yet:                            made, for its owner alone
+        a link in the place of the file:        refused
+        a file that is no ledger:               LEDGER_DAMAGED; it is left as it is
+        a row that was changed or removed:      LEDGER_DAMAGED, when opened and by `verify`
+        an event of unknown kind or version:    LEDGER_DAMAGED
+        a file put back while it is in use:     counted anew from what lies there
+        a fork:                                 the child opens a connection of its own
+        a database that cannot be written:      STORAGE_FAILED; nothing was written
+        `require_budget`, `require_rate`:       raise what `charge` would raise now; nothing is
+                                                written
+        `require_rate` with `per_day` left out: any number of charges passes
+    """
 
     def __init__(self, path: Path) -> None:
         """Open or create the ledger and check its chain.
@@ -152,17 +169,21 @@ class Ledger:
             Withheld: BUDGET_EXHAUSTED, PROMISE_NOT_KEPT or RATE_LIMITED; then nothing was written.
 
         Guarantees:
-            | case                                        | what happens                           |
-            |---------------------------------------------|----------------------------------------|
-            | the total after it stays at or below epsilon| written and synced before the return   |
-            | it would exceed epsilon                     | BUDGET_EXHAUSTED, nothing written      |
-            | noise multiplier below 0.05                 | BUDGET_EXHAUSTED, nothing written      |
-            | an event of a finer unit than the promise's,| PROMISE_NOT_KEPT, nothing written: it  |
-            | or one without a promise, under a promise   | would never count against it           |
-            | no promise                                  | written; the dataset's lifetime        |
-            |                                             | promises are void from here on         |
-            | several processes at once                   | one after the other, check and charge  |
-            | killed at any instant                       | written whole, or not at all           |
+            What is returned is on disk. Check and charge are one transaction: processes come one
+            after the other, and none sees a budget that another is spending.
+
+        Edges:
+            the total stays at or below epsilon:         written and synced before the return
+            it would exceed epsilon:                     BUDGET_EXHAUSTED, nothing written
+            noise multiplier below 0.05:                 BUDGET_EXHAUSTED, nothing written
+            an event of a finer unit than the promise's: PROMISE_NOT_KEPT, nothing written: it would
+                                                         never count against it
+            an event without a promise, under a promise: PROMISE_NOT_KEPT, nothing written
+            no promise:                                  written; the dataset's lifetime promises
+                                                         are void from here on
+            as many charges as `per_day` in 24 hours:    RATE_LIMITED, nothing written
+            several processes at once:                   one after the other, check and charge
+            killed at any instant:                       written whole, or not at all
         """
         if promise is not None:  # without the lock: near the end of a budget it may take seconds
             self.require_budget(charge.dataset, charge.event, promise)

@@ -82,13 +82,12 @@ def sampled_curve(step: Sampled) -> np.ndarray:
         thousandth at the order that decides a typical training, by far more at large noise. At
         whole orders the two agree.)
 
-        | case                           | what is returned                                    |
-        |--------------------------------|-----------------------------------------------------|
-        | add-or-remove, whole orders    | dp-accounting's value                               |
-        | rate close to 1                | close to the unsampled curve, a / (2 r^2)           |
-        | rate close to 0                | close to 0                                          |
-        | replace                        | never below add-or-remove, never above 2 a / s^2    |
-        | more than 300,000 cells        | infinite at that order, which is still a bound      |
+    Edges:
+        add-or-remove, whole orders: dp-accounting's value
+        a rate close to 1:           close to the unsampled curve, a / (2 r^2)
+        a rate close to 0:           close to 0
+        replace:                     never below add-or-remove, never above 2 a / s^2
+        more than 300,000 cells:     infinite at that order, which is still a bound
     """
     curve = np.array([_divergence(step, float(order)) for order in orders()])
     curve.flags.writeable = False

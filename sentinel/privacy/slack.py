@@ -42,13 +42,12 @@ def loosen(epsilon_at: Callable[[float], float], delta: float, slack: Slack) -> 
         keeps (eps + 2L, delta) for each delta' with e^L delta' + e^(eps(delta') + L) m <= delta,
         and the largest such delta' that is found is used: its eps is the smallest.
 
-        | case                           | what is returned                              |
-        |--------------------------------|-----------------------------------------------|
-        | no slack                       | epsilon_at(delta), bit for bit                |
-        | any slack                      | never below epsilon_at(delta)                 |
-        | e^L m >= delta                 | infinity                                      |
-        | epsilon_at is infinite         | infinity                                      |
-        | e^(eps + L) m eats up delta    | infinity                                      |
+    Edges:
+        no slack:                    epsilon_at(delta), bit for bit
+        any slack:                   never below epsilon_at(delta)
+        e^L m >= delta:              infinity
+        epsilon_at is infinite:      infinity
+        e^(eps + L) m eats up delta: infinity
     """
     if slack.log_ratio == 0 and slack.mass == 0:
         return epsilon_at(delta)

@@ -149,16 +149,21 @@ def audit(
         If what the guard releases is as private as its ledger says, `lower_bound` exceeds the
         ledger's epsilon with probability at most 1 - `attack.confidence`.
 
-        | what                        | how it is kept                                          |
-        |-----------------------------|---------------------------------------------------------|
-        | coins are fair              | one 53-bit draw for each; `coins` is not seen by the    |
-        |                             | attacker before it has guessed                          |
-        | one coin, one unit          | a canary's records have one patient id, and no other's  |
-        | add-or-remove               | a coin says whether the canary is there                 |
-        | replace                     | a coin says whether it or its mirror image is there     |
-        | numbers of guesses          | fixed by `attack`; several share the confidence         |
-        | the strongest canary        | gradient of 4 clip norms in every step, along an axis   |
-        |                             | of its own: nothing but the noise hides it              |
+        - Coins are fair: one 53-bit draw for each. The attacker does not see them before it has
+          guessed.
+        - One coin, one unit: a canary's records have one patient id, and no other's. Under
+          add-or-remove a coin says whether the canary is there; under replace, whether it or its
+          mirror image is.
+        - The numbers of guesses are fixed by `attack`; several share the confidence.
+        - A canary is as strong as can be: a gradient of 4 clip norms in every step, along an axis
+          of its own, so that nothing but the noise hides it.
+
+    Edges:
+        a policy that promises nothing per person:   MisuseError
+        more records than a batch takes of one unit: MisuseError
+        more than twice the public cohort:           MisuseError
+        a budget that does not pay for it:           Withheld
+        the same entropy again:                      the same coins; the noise is another
 
     Raises:
         MisuseError: the policy promises nothing per patient or record, or does not fit the attack.

@@ -65,6 +65,16 @@ def guess(scores: Tensor, made: int) -> Tensor:
 
     Raises:
         MisuseError: an odd number, none, more than there are canaries, or a score that is NaN.
+
+    Guarantees:
+        As many guesses as were asked for, whatever the scores are: their number says nothing.
+
+    Edges:
+        equal scores:                                told apart by their place, which says nothing
+                                                     about a coin
+        a score of NaN:                              MisuseError
+        scores of Inf:                               the highest, or the lowest
+        an odd number of guesses, none, or too many: MisuseError
     """
     if made < 2 or made % 2 or made > len(scores):  # noqa: PLR2004 - one of each kind
         raise MisuseError("made must be an even number, from 2 to the number of canaries.")
@@ -78,7 +88,14 @@ def guess(scores: Tensor, made: int) -> Tensor:
 
 
 def count(guessed: Tensor, coins: Tensor) -> Guesses:
-    """Compare guesses, (m,) of 1, -1 and 0, with the coins, (m,) bool."""
+    """Compare guesses, (m,) of 1, -1 and 0, with the coins, (m,) bool.
+
+    Guarantees:
+        Canaries without a guess count among the canaries and in nothing else.
+
+    Edges:
+        no guess at all: MisuseError: there is nothing to count
+    """
     truth = torch.where(coins, 1, -1)
     return Guesses(len(coins), int((guessed != 0).sum()), int((guessed == truth).sum()))
 
@@ -100,12 +117,11 @@ def p_value(guesses: Guesses, epsilon: float, delta: float) -> float:
         coin, P[p_value <= p] <= p for every p, whatever the attacker does, as long as coins are
         fair and independent and r is chosen before the coins are looked at.
 
-        | edge                    | p                                                     |
-        |-------------------------|-------------------------------------------------------|
-        | no right guess          | 1                                                     |
-        | delta = 0               | the binomial tail alone                               |
-        | all right, delta = 0    | (e^epsilon / (1 + e^epsilon))^r                       |
-        | delta so large that 2 m delta alpha > 1 | 1                                     |
+    Edges:
+        no right guess:          1
+        delta = 0:               the binomial tail alone
+        all right, delta = 0:    (e^epsilon / (1 + e^epsilon))^r
+        2 m delta alpha above 1: 1
 
     Reference: Steinke, Nasr, Jagielski, "Privacy auditing with one (1) training run", 2023, arXiv
         2305.08846, theorem 5.2 and corollary 5.4.
@@ -140,11 +156,12 @@ def lower_bound(
         If the training is (epsilon, delta)-private, the bound exceeds epsilon with probability at
         most 1 - confidence: the union bound pays for looking at several numbers of guesses.
 
-        | edge                                | bound                                         |
-        |-------------------------------------|-----------------------------------------------|
-        | as many right as wrong, or fewer    | 0                                             |
-        | all r right, delta = 0, one attack  | ln(x / (1 - x)), x = (1 - confidence)^(1 / r) |
-        | more attacks                        | never above the best of them alone            |
+    Edges:
+        as many right as wrong, or fewer:         0
+        all r right, delta = 0, one attack:       ln(x / (1 - x)), x = (1 - confidence)^(1 / r)
+        more attacks:                             never above the best of them alone
+        no attack:                                MisuseError
+        confidence or delta out of range, or NaN: MisuseError
 
     Raises:
         MisuseError: no attack, or a confidence or delta out of range.

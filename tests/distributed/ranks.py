@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -48,6 +49,7 @@ id = "baseline"
 max_norm = 0.5
 """
 NOISY = PLAIN + "noise_ratio = 1.0\n"
+FOLLOWS = PLAIN.replace("0.5", '"auto"\nmax_norm_floor = 0.05\nmax_norm_ceiling = 2.0')
 SITE = """
 schema = 1
 name = "site"
@@ -60,6 +62,20 @@ noise_multiplier = 2.0
 [[rule]]
 id = "baseline"
 """
+PARTS = (
+    PLAIN
+    + """
+[[rule]]
+id = "last"
+match = ["last.*"]
+max_norm = 0.05
+max_abs = 0.02
+[[rule]]
+id = "bias"
+match = ["first.bias"]
+action = "withhold"
+"""
+)
 for _name in (UPDATE_SENSITIVITY, GLOBAL_MODEL):
     load_detector(_name)  # once, in the process that all ranks are forked from: it takes seconds
 DIED = 9  # exit code of a rank that a scenario kills
@@ -130,7 +146,20 @@ def shards(seed: int = 1) -> nn.Module:
     return model
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"ddp": replica, "fsdp": shards}
+def replicated_shards(seed: int = 1) -> nn.Module:
+    """Of four ranks, 0 and 1 hold one copy in shards, 2 and 3 another (HSDP)."""
+    model = Net(seed)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+    fully_shard(model.first, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "ddp": replica,
+    "fsdp": shards,
+    "hsdp": replicated_shards,
+}
 
 
 def train(model: nn.Module, rank: int, step: float = 5.0) -> None:

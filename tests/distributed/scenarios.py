@@ -5,12 +5,15 @@ from __future__ import annotations
 import datetime as dt
 import os
 import time
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from ranks import (
+    FOLLOWS,
     MODELS,
     NOISY,
+    PARTS,
     PLAIN,
     SITE,
     Net,
@@ -35,11 +38,14 @@ from sentinel.distributed.spread import SpreadModel
 from sentinel.mechanism import SystemEntropy
 from sentinel.state import StateFolder
 
+if TYPE_CHECKING:
+    from pathlib import Path
 
-def same_as_one_process(site: Site, kind: str) -> dict[str, object]:
-    """The release of two ranks, beside that of a plain guard given the same whole local state."""
+
+def same_as_one_process(site: Site, kind: str, text: str = PLAIN) -> dict[str, object]:
+    """The release of all ranks, beside that of a plain guard given the same whole local state."""
     start, model = state_of(), MODELS[kind]()
-    with site.guard().round(1, start, model) as rnd:
+    with site.guard(text).round(1, start, model) as rnd:
         loaded = whole(model)
         train(model, site.rank)
         model.eval()(torch.zeros(1, 6))  # leaves the last group of shards put together
@@ -49,7 +55,7 @@ def same_as_one_process(site: Site, kind: str) -> dict[str, object]:
     expected = None
     if site.rank == 0:
         path = site.folder / "plain.toml"
-        path.write_text(PLAIN)
+        path.write_text(text)
         path.chmod(0o600)
         single = Net()
         with sentinel.Guard(path, site.folder / "plain").round(1, start, single) as plain:
@@ -63,6 +69,46 @@ def same_as_one_process(site: Site, kind: str) -> dict[str, object]:
         "order": list(out) == list(start),
         "replayed": rnd.replayed,
     }
+
+
+def same_as_one_process_by_parts(site: Site, kind: str) -> dict[str, object]:
+    """The same, where rules reach single parameters by name."""
+    return same_as_one_process(site, kind, PARTS)
+
+
+def a_bound_that_follows(site: Site, kind: str, rounds: int = 4) -> dict[str, object]:
+    """Rounds under `max_norm = "auto"`, and a plain guard given the same whole local states."""
+    guard, start = site.guard(FOLLOWS), state_of()
+    starts, locals_, released = [], [], []
+    for number in range(rounds):
+        model = MODELS[kind]()
+        with guard.round(number, start, model) as rnd:
+            train(model, site.rank, step=5.0 + number)
+        out = rnd.release(everywhere=True)
+        assert out is not None
+        starts.append(start)
+        locals_.append(whole(model))
+        released.append(packed(out))
+        start = out
+    dist.barrier()
+    seen: dict[str, object] = {"released": released, "bounds": _bounds(site.folder / "state")}
+    if site.rank == 0:
+        path = site.folder / "plain.toml"
+        path.write_text(FOLLOWS)
+        path.chmod(0o600)
+        plain, expected = sentinel.Guard(path, site.folder / "plain"), []
+        for number, (begin, local) in enumerate(zip(starts, locals_, strict=True)):
+            single = Net()
+            with plain.round(number, begin, single) as rnd:
+                single.load_state_dict(local)
+            expected.append(packed(rnd.release()))
+        seen |= {"expected": expected, "alone": _bounds(site.folder / "plain")}
+    return seen
+
+
+def _bounds(folder: Path) -> list[str]:
+    """What is remembered of bounds, as it stands on disk."""
+    return [path.read_text() for path in (folder / "history").glob("*.bounds.json")]
 
 
 def only_the_leader_gets_it(site: Site, kind: str) -> dict[str, object]:
@@ -79,7 +125,16 @@ def only_the_leader_gets_it(site: Site, kind: str) -> dict[str, object]:
 
 def noise_alone(site: Site, kind: str, rounds: int = 20) -> list[bytes | None]:
     """Rounds without training: whatever is released is noise."""
-    guard, start = site.guard(NOISY), state_of()
+    return _untrained(site, kind, NOISY, rounds)
+
+
+def noise_of_a_promise_alone(site: Site, kind: str, rounds: int = 20) -> list[bytes | None]:
+    """The same under a site's promise, where step 2 makes the noise."""
+    return _untrained(site, kind, SITE.replace("20.0", "1000.0"), rounds)
+
+
+def _untrained(site: Site, kind: str, text: str, rounds: int) -> list[bytes | None]:
+    guard, start = site.guard(text), state_of()
     released = []
     for number in range(rounds):
         with guard.round(number, start, MODELS[kind]()) as rnd:
@@ -96,6 +151,29 @@ def charges_under_a_promise(site: Site, kind: str) -> dict[str, object]:
     folder = StateFolder.existing(site.folder / "state")
     dist.barrier()
     return {"charges": folder.ledger.head().seq, "records": site.records()}
+
+
+def a_budget_that_is_spent(site: Site, kind: str) -> dict[str, object]:
+    """One round is paid for, a second is not."""
+    guard = site.guard(SITE.replace("20.0", "5.5"))
+    first = outcome(one_round(site, guard, 1, kind).release)
+    model = MODELS[kind]()
+    before = packed(whole(model))
+    entered = outcome(guard.round(2, state_of(), model).__enter__)
+    charges = StateFolder.existing(site.folder / "state").ledger.head().seq
+    same = packed(whole(model)) == before
+    return {"first": first, "second": entered, "charges": charges, "untouched": same}
+
+
+def not_finite_on_one_rank(site: Site, kind: str) -> dict[str, object]:
+    """One value of the second rank's shard, or of every replica, has become NaN."""
+    guard, model = site.guard(SITE), MODELS[kind]()
+    with guard.round(1, state_of(), model) as rnd, torch.no_grad():
+        if kind == "ddp" or site.rank == 1:
+            _local(next(iter(model.parameters()))).view(-1)[0] = float("nan")
+    asked = outcome(lambda: rnd.release(everywhere=True))
+    charges = StateFolder.existing(site.folder / "state").ledger.head().seq
+    return {"release": asked, "again": outcome(rnd.release), "charges": charges}
 
 
 def own_streams(_: Site) -> list[bytes]:
@@ -163,8 +241,11 @@ def disagreeing(site: Site, about: str) -> dict[str, object]:
     odd = site.rank == 1
     if about == "policy":
         return {"start": outcome(lambda: site.guard(NOISY if odd else PLAIN))}
-    if about == "run":
-        return {"start": outcome(lambda: site.guard(run="b" if odd else "a"))}
+    differ = {"run": "ab", "federation": "ab", "dataset": (None, "default")}
+    if about in differ:
+        return {"start": outcome(lambda: site.guard(**{about: differ[about][odd]}))}
+    if about == "inspection":
+        return {"start": outcome(lambda: site.guard(unsafe_skip_inspection=odd))}
     guard = site.guard()
     number = 2 if odd and about == "number" else 1
     start = state_of(7 if odd and about == "state" else 0)
@@ -172,6 +253,8 @@ def disagreeing(site: Site, about: str) -> dict[str, object]:
     model: nn.Module = Net()
     if odd and about == "model":
         model.extra = nn.Linear(2, 2)
+    if odd and about == "dtype":
+        model.double()
     rnd = guard.round(number, start, model, patients=patients)
     trained = []
 
@@ -190,9 +273,11 @@ def disagreeing(site: Site, about: str) -> dict[str, object]:
     }
 
 
-def asking_for_different_things(site: Site) -> str:
+def asking_for_different_things(site: Site, what: str) -> str:
     rnd = one_round(site, site.guard())
-    return outcome(lambda: rnd.release(kind="delta" if site.rank else "weights"))
+    odd = site.rank == 1
+    asked = {"kind": "delta" if odd else "weights"} if what == "kind" else {"everywhere": odd}
+    return outcome(lambda: rnd.release(**asked))
 
 
 def replicas_run_apart(site: Site, where: str) -> dict[str, object]:
@@ -222,6 +307,15 @@ def replicas_run_apart(site: Site, where: str) -> dict[str, object]:
 
 def _local(weight: torch.Tensor) -> torch.Tensor:
     return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+def a_replica_of_a_shard_ran_apart(site: Site) -> dict[str, object]:
+    """Ranks 0 and 2 hold the same shard; rank 2 changes its own."""
+    guard, model = site.guard(), MODELS["hsdp"]()
+    with guard.round(1, state_of(), model) as rnd, torch.no_grad():
+        if site.rank == 2:
+            _local(model.last.weight).add_(1e-3)
+    return {"release": outcome(rnd.release), "records": site.records()}
 
 
 def a_block_raises(site: Site, rank: int, *, inside: bool) -> dict[str, object]:
@@ -388,7 +482,7 @@ def a_rank_hangs(site: Site, when: str) -> dict[str, object]:
     guard = site.guard(timeout=1.5)
     late = site.rank == 1
     if late and when == "entering":
-        _sleep()
+        time.sleep(3.0)
     seen: dict[str, object] = {"entered": ""}
 
     def whole_round() -> None:
@@ -396,15 +490,11 @@ def a_rank_hangs(site: Site, when: str) -> dict[str, object]:
         with guard.round(1, state_of(), model) as rnd:
             seen["entered"] = "ok"
             if late and when == "training":
-                _sleep()
+                time.sleep(3.0)
         if late and when == "release":
-            _sleep()
+            time.sleep(3.0)
         rnd.release()
 
     seen["round"] = outcome(whole_round)
     seen["records"] = site.records()
     return seen
-
-
-def _sleep() -> None:
-    time.sleep(3.0)

@@ -14,17 +14,18 @@ if TYPE_CHECKING:
     Ended = dict[tuple[object, ...], list[Any]]
 
 LOST, DISAGREE = "Withheld rank-lost", "Withheld ranks-disagree"
-ABOUT = ["number", "state", "patients", "model"]
+STARTS = ["policy", "run", "federation", "dataset", "inspection"]
+ABOUT = ["number", "state", "patients", "model", "dtype"]
 APART = ["parameter", "replicated DTensor", "statistic"]
 CALLS = [
-    *((scenarios.disagreeing, {"about": about}) for about in ("policy", "run", *ABOUT)),
+    *((scenarios.disagreeing, {"about": about}) for about in (*STARTS, *ABOUT)),
     *((scenarios.replicas_run_apart, {"where": where}) for where in APART),
     *(
         (scenarios.a_block_raises, {"rank": rank, "inside": inside})
         for rank in (0, 1)
         for inside in (False, True)
     ),
-    (scenarios.asking_for_different_things, {}),
+    *((scenarios.asking_for_different_things, {"what": what}) for what in ("kind", "everywhere")),
     (scenarios.a_release_on_the_leader_alone, {}),
     (scenarios.a_crafted_model, {}),
     (scenarios.withheld_by_a_rule, {}),
@@ -44,7 +45,7 @@ def ended(folder: Path) -> Ended:
     return all_in_turn(folder, CALLS)
 
 
-@pytest.mark.parametrize("about", ["policy", "run"])
+@pytest.mark.parametrize("about", STARTS)
 def test_guards_that_were_not_given_the_same_do_not_start(about: str, ended: Ended) -> None:
     assert list(ended["disagreeing", about]) == [{"start": DISAGREE}] * 2
 
@@ -61,8 +62,9 @@ def test_a_round_that_the_ranks_do_not_agree_on_is_refused_on_all(about: str, en
         assert rank["records"].count("update.released") == 1
 
 
-def test_ranks_that_ask_for_different_things_get_nothing(ended: Ended) -> None:
-    assert list(ended["asking_for_different_things",]) == [DISAGREE] * 2
+@pytest.mark.parametrize("what", ["kind", "everywhere"])
+def test_ranks_that_ask_for_different_things_get_nothing(what: str, ended: Ended) -> None:
+    assert list(ended["asking_for_different_things", what]) == [DISAGREE] * 2
 
 
 def test_a_release_that_only_the_leader_asks_for_is_withheld(ended: Ended) -> None:
@@ -81,6 +83,14 @@ def test_a_replica_that_ran_apart_is_withheld_on_all_ranks(where: str, ended: En
         assert rank["after"] == "ok"
     assert "update.withheld ranks-disagree" in leader["records"]
     assert "reason=ranks-disagree" in leader["alerts"]
+
+
+def test_a_replica_of_a_shard_that_ran_apart_is_withheld_on_all_ranks(tmp_path: Path) -> None:
+    """Of four ranks, two hold each shard; one of the four has changed its own."""
+    ranks = together(scenarios.a_replica_of_a_shard_ran_apart, tmp_path, world=4)
+    assert [rank["release"] for rank in ranks] == [DISAGREE] * 4
+    assert "update.withheld ranks-disagree" in ranks[0]["records"]
+    assert "update.released" not in ranks[0]["records"]
 
 
 def test_running_statistics_may_differ_between_replicas(ended: Ended) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
@@ -36,8 +37,13 @@ CALLS = [
         for kind in ("ddp", "fsdp")
         for scenario in (
             scenarios.same_as_one_process,
+            scenarios.same_as_one_process_by_parts,
+            scenarios.a_bound_that_follows,
             scenarios.only_the_leader_gets_it,
             scenarios.noise_alone,
+            scenarios.noise_of_a_promise_alone,
+            scenarios.a_budget_that_is_spent,
+            scenarios.not_finite_on_one_rank,
             scenarios.charges_under_a_promise,
             scenarios.replay,
             scenarios.the_global_state_on_the_leader_alone,
@@ -60,15 +66,29 @@ TIED = ("head.weight", "twin.weight")
 
 
 @KINDS
-def test_two_ranks_release_what_one_process_would(kind: str, ended: Ended) -> None:
+@pytest.mark.parametrize("rules", ["same_as_one_process", "same_as_one_process_by_parts"])
+def test_two_ranks_release_what_one_process_would(rules: str, kind: str, ended: Ended) -> None:
     """The norm is of the whole update, and replicas, shards and ties do not show in it."""
-    leader, other = ended["same_as_one_process", kind]
+    leader, other = ended[rules, kind]
     assert leader["expected"] == leader["released"] == other["released"]
     for rank in (leader, other):
         assert rank["loaded"]
         assert rank["trained"]
         assert rank["order"]
         assert not rank["replayed"]
+
+
+@KINDS
+def test_a_bound_that_follows_is_that_of_one_process(kind: str, ended: Ended) -> None:
+    """It moves from round to round, by what left alone; the leader remembers it for all ranks."""
+    leader, other = ended["a_bound_that_follows", kind]
+    assert leader["expected"] == leader["released"] == other["released"]
+    assert len(set(leader["released"])) == 4
+    assert leader["alone"] == leader["bounds"] == other["bounds"]
+    (kept,) = [json.loads(bounds)["rules"]["baseline"] for bounds in leader["bounds"]]
+    assert kept["number"] == 3
+    assert 0.05 <= kept["norm"] <= 2.0
+    assert kept["norm"] != pytest.approx(math.sqrt(0.05 * 2.0), rel=0.1)  # where it began
 
 
 @KINDS
@@ -101,6 +121,51 @@ def test_each_coordinate_gets_exactly_one_draw_of_the_right_size(kind: str, ende
     assert all(torch.equal(s[TIED[0]], s[TIED[1]]) for s in states)
     correlation = torch.corrcoef(drawn.double())
     assert float((correlation - torch.eye(20)).abs().max()) < 0.25  # rounds are independent
+
+
+@KINDS
+def test_under_a_promise_too_each_coordinate_gets_exactly_one_draw(kind: str, ended: Ended) -> None:
+    """Of standard deviation clip_norm x noise_multiplier = 1, the same for all ranks."""
+    leader, other = ended["noise_of_a_promise_alone", kind]
+    assert leader == other
+    states = [safetensors.torch.load(released) for released in leader]
+    # Each parameter once: `twin.weight` is `head.weight`.
+    noised = [name for name, _ in Net().named_parameters()]
+    drawn = torch.stack([torch.cat([s[name].flatten() for name in noised]) for s in states])
+    assert float(drawn.double().std()) == pytest.approx(1.0, rel=0.03)
+    assert all(torch.equal(s[TIED[0]], s[TIED[1]]) for s in states)
+    between = torch.corrcoef(drawn.double().t()[:40])  # of coordinates, over 20 rounds
+    assert float((between - torch.eye(40)).abs().max()) < 0.95  # none is drawn twice
+
+
+@KINDS
+def test_a_spent_budget_keeps_the_round_closed_on_all_ranks(kind: str, ended: Ended) -> None:
+    """Before training: nothing is loaded, and nothing more is charged."""
+    for rank in ended["a_budget_that_is_spent", kind]:
+        assert rank == {
+            "first": "ok",
+            "second": "Withheld budget-exhausted",
+            "charges": 1,
+            "untouched": True,
+        }
+
+
+@KINDS
+def test_a_value_that_is_not_finite_on_one_rank_withholds_and_charges_on_all(
+    kind: str, ended: Ended
+) -> None:
+    """NaN in a shard that the leader does not hold is seen as well."""
+    for rank in ended["not_finite_on_one_rank", kind]:
+        assert rank["release"] == "Withheld not-finite"
+        assert rank["again"] == "MisuseError"
+        assert rank["charges"] == 1
+
+
+def test_replicas_of_shards_release_what_one_process_would(tmp_path: Path) -> None:
+    """Four ranks, two copies in two shards each: every shard is read once."""
+    ranks = together(scenarios.same_as_one_process, tmp_path, world=4, kind="hsdp")
+    assert {rank["released"] for rank in ranks} == {ranks[0]["expected"]}
+    assert all(rank["loaded"] and rank["trained"] for rank in ranks)
 
 
 @KINDS
