@@ -149,7 +149,7 @@ class _Hands:
 
 def _cuda_streams() -> list[torch.cuda.Stream]:
     """The caller's stream of each GPU: what it has queued there comes before what a thread does."""
-    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch has no types there
         return []
     return [torch.cuda.current_stream(at) for at in range(torch.cuda.device_count())]
 

@@ -25,6 +25,23 @@ def gate(house: House, patients: int | None, least: DpSgdEvent | None = None) ->
         house: policy and ledger.
         patients: how many stand behind the update, as the caller says.
         least: what one step of the round's private training costs; None where it has none.
+
+    Raises:
+        Withheld: the first that does not hold, in the order of the edges below.
+
+    Guarantees:
+        The update has no part in it. It charges and writes nothing: rate and budget are asked again
+        by `Ledger.charge`, where they count.
+
+    Edges:
+        the last day of the policy (UTC):                 passes
+        after it, or with the clock put back:             Withheld (POLICY_EXPIRED)
+        `patients` left out where they count:             Withheld (PATIENTS_UNKNOWN)
+        fewer `patients` than asked for:                  Withheld (TOO_FEW_PATIENTS)
+        patients that the policy itself states:           those count, whatever `patients` is
+        as many rounds as the day allows:                 Withheld (RATE_LIMITED)
+        a promise per patient or record, without `least`: Withheld (PROMISE_NOT_KEPT)
+        a budget that does not pay for the least:         Withheld (BUDGET_EXHAUSTED)
     """
     policy = house.rules
     if policy.expired(_today(house)):
@@ -84,6 +101,15 @@ def require_open(ending: Ending, global_model: str) -> None:
 
     Raises:
         Withheld: OTHER_GLOBAL_MODEL, or the reason for which the round was withheld.
+
+    Guarantees:
+        Only a round that was released, on this global model, and still has its bytes passes.
+
+    Edges:
+        another global model:      OTHER_GLOBAL_MODEL, whatever the fate was
+        withheld:                  the reason of then
+        withheld without a reason: ROUND_CLOSED
+        pruned:                    ROUND_CLOSED
     """
     if ending.global_model != global_model:
         raise Withheld(
@@ -104,7 +130,23 @@ def require_open(ending: Ending, global_model: str) -> None:
 
 
 def require_sound(house: House | StateFolder) -> None:
-    """Stop everything where ledger and log do not fit together: one was put back or cut short."""
+    """Stop everything where ledger and log do not fit together: one was put back or cut short.
+
+    Raises:
+        Withheld: LOG_DAMAGED or LEDGER_BEHIND_LOG.
+
+    Guarantees:
+        What passes has the entry of the log that the ledger's last charge names, and the charge
+        that the log's last record names, each by its hash.
+
+    Edges:
+        nothing was written yet:           passes
+        a log that is cut short:           LOG_DAMAGED
+        a log that is rewritten whole:     LOG_DAMAGED
+        a ledger put back from a backup:   LEDGER_BEHIND_LOG
+        both gone, and releases are there: LEDGER_BEHIND_LOG
+        both put back to the same moment:  passes; only a head noted elsewhere tells
+    """
     noted = house.ledger.last_log_head()
     last = house.log.last()
     if (0 if last is None else last.seq) < noted.seq:

@@ -80,8 +80,10 @@ class PrivateTraining(Protocol):
     def first_step(self) -> DpSgdEvent:
         """What one step costs."""
 
-    def conclude(self, local: Mapping[str, torch.Tensor]) -> DpSgdEvent:
-        """What all steps from the global state to `local` cost.
+    def conclude(self, local: Mapping[str, torch.Tensor]) -> tuple[DpSgdEvent, State]:
+        """What all steps from the global state to `local` cost, and a state equal to `local`.
+
+        Nothing but private steps writes to that state.
 
         Raises:
             Withheld: PROMISE_NOT_KEPT where anything else had a part in `local`.
@@ -133,11 +135,13 @@ class Outgoing:
         update: its deltas, and their sums of squares, are noised already where `base_std` is not 0.
         base_std: standard deviation of the noise that step 2 added.
         event: what it costs.
+        rooms: where a state of the model's size finds room.
     """
 
     update: Update
     base_std: float
     event: Event
+    rooms: Rooms
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +190,30 @@ def release(
     Raises:
         Withheld: nothing leaves; the reason is recorded.
         MisuseError: a released round is asked for in another form.
+
+    Guarantees:
+        What is returned for the first time was charged, decided by the policy, and is stored and
+        recorded, durably. Under a promise for the site, all that follows the base mechanism reads
+        its output alone. Of one round leave one state's bytes, however often it is asked for. An
+        answer that depends on the values of the update is charged and final.
+
+    Edges:
+        released before:                            the stored bytes; `local` is not called
+        released before, in another `kind`:         MisuseError
+        released before, of another global model:   Withheld (OTHER_GLOBAL_MODEL)
+        released before, and its bytes are gone:    Withheld (ROUND_CLOSED)
+        a global state changed in training:         Withheld (GLOBAL_MODEL_CHANGED), not charged
+        a state changed during the release:         Withheld (GLOBAL_MODEL_CHANGED or
+                                                    LOCAL_MODEL_CHANGED), charged
+        a difference that is NaN, Inf, too large:   Withheld (NOT_FINITE), charged and final
+        a score at which a rule withholds:          Withheld (TOO_SENSITIVE), charged and final
+        a policy that lets nothing of it out:       Withheld (NOTHING_LET_OUT), charged and final
+        several guards for the last round there is: one is released, the others withheld
+        a full disk:                                Withheld (STORAGE_FAILED); the round may go on
+        an answer that cannot be kept:              Withheld (STORAGE_FAILED), and it is not told
+        an error that nobody foresaw:               Withheld (INTERNAL_ERROR), final; charged once
+                                                    the update was read
+        killed at any instant:                      released once, or not at all
     """
     with storage(), house.releases.locked(opened.key), one_thread():
         try:
@@ -252,10 +280,10 @@ def _prepared(
     house: House, opened: OpenRound, local: Callable[[], Mapping[str, torch.Tensor]]
 ) -> Outgoing:
     """Steps 1 and 2. A refusal that may depend on the update is charged like an answer about it."""
-    state = local()
-    event = _cost(house, opened, state)
+    event, state = _cost(house, opened, local())
+    rooms = house.releases.rooms(sum(value.nbytes for value in opened.base.values()))
     try:
-        return _base_mechanism(house, _read(house, opened, state), event)
+        return _base_mechanism(house, _read(house, opened, state), event, rooms)
     except Withheld as error:
         if error.reason is Reason.NOT_FINITE:
             _charge(house, opened, event)
@@ -265,22 +293,22 @@ def _prepared(
         raise
 
 
-def _cost(house: House, opened: OpenRound, local: Mapping[str, torch.Tensor]) -> Event:
-    """What the release costs; of private training, once it has shown that it was nothing else."""
+def _cost(
+    house: House, opened: OpenRound, local: Mapping[str, torch.Tensor]
+) -> tuple[Event, Mapping[str, torch.Tensor]]:
+    """What the release costs, and the state that this pays for.
+
+    Of private training: once it has shown that it was nothing else, and its own copy of the state.
+    """
     if opened.private is not None:
         return opened.private.conclude(local)
     values = sum(value.numel() for value in opened.base.values() if value.is_floating_point())
-    return event_of(house.rules, values)
+    return event_of(house.rules, values), local
 
 
 def _read(house: House, opened: OpenRound, local: Mapping[str, torch.Tensor]) -> Update:
     policy = house.rules
-    if model_digest(opened.base) != opened.global_model:
-        raise Withheld(
-            Reason.GLOBAL_MODEL_CHANGED,
-            "The received global state was changed during training, so that the update cannot be "
-            "told; train on a copy, and load it without `assign=True`.",
-        )
+    _require_received(opened, model_digest(opened.base))
     return Update.from_states(
         opened.base,
         local,
@@ -290,21 +318,23 @@ def _read(house: House, opened: OpenRound, local: Mapping[str, torch.Tensor]) ->
     )
 
 
-def _base_mechanism(house: House, update: Update, event: Event) -> Outgoing:
+def _require_received(opened: PublicRound, digest: str) -> None:
+    if digest != opened.global_model:
+        raise Withheld(
+            Reason.GLOBAL_MODEL_CHANGED,
+            "The received global state was changed during training, so that the update cannot be "
+            "told; train on a copy, and load it without `assign=True`.",
+        )
+
+
+def _base_mechanism(house: House, update: Update, event: Event, rooms: Rooms) -> Outgoing:
     privacy = house.rules.privacy
     if privacy is None or privacy.unit is not Unit.SITE:
-        return Outgoing(update, 0.0, event)
+        return Outgoing(update, 0.0, event, rooms)
     mechanism = GaussianMechanism(privacy.clip_norm, privacy.noise_multiplier)
-    noised, squares = mechanism.apply(
-        update.deltas, update.squares, house.entropy(), _rooms(house, update)
-    )
+    noised, squares = mechanism.apply(update.deltas, update.squares, house.entropy(), rooms)
     # The raw differences and their sums go no further.
-    return Outgoing(replace(update, deltas=noised, squares=squares), mechanism.std, event)
-
-
-def _rooms(house: House, update: Update) -> Rooms:
-    """Where a state of the model's size finds room."""
-    return house.releases.rooms(sum(value.nbytes for value in update.base.values()))
+    return Outgoing(replace(update, deltas=noised, squares=squares), mechanism.std, event, rooms)
 
 
 def _charge(house: House, opened: PublicRound, event: Event) -> float:
@@ -352,8 +382,8 @@ def _transform(house: House, outgoing: Outgoing, plan: Plan, kind: Kind) -> tupl
     prepared = prepare(update, plan, base_std=outgoing.base_std)
     if not prepared.released:
         raise Withheld(Reason.NOTHING_LET_OUT, "Every parameter that could leave is withheld.")
-    rooms = _rooms(house, update)
-    return transform(update, prepared, kind=kind, entropy=house.entropy(), rooms=rooms), prepared
+    state = transform(update, prepared, kind=kind, entropy=house.entropy(), rooms=outgoing.rooms)
+    return state, prepared
 
 
 def _record(house: House, opened: PublicRound, decided: Decided, state: State, kind: Kind) -> None:
@@ -378,7 +408,7 @@ def _record(house: House, opened: PublicRound, decided: Decided, state: State, k
         clipped=None if promised else done.clipped,
         **_promised_to(decided.event),
     )
-    digest = _kept(house, opened.key, state)
+    digest = _kept(house, opened, state)
     house.releases.end(
         opened.key, Ending(Fate.RELEASED, opened.global_model, released=digest, kind=kind)
     )
@@ -387,15 +417,15 @@ def _record(house: House, opened: PublicRound, decided: Decided, state: State, k
         house.releases.keep_newest(house.rules.limits.keep_releases)
 
 
-def _kept(house: House, key: RoundKey, state: State) -> str:
-    """Write what leaves, durably, and hash it meanwhile; its digest."""
-    found: list[str] = []
-    work: list[Callable[[], None]] = [
-        lambda: house.releases.store(key, state),
-        lambda: found.append(model_digest(state)),
-    ]
-    share_out(work, lambda: lambda do: do())
-    (digest,) = found
+def _kept(house: House, opened: PublicRound, state: State) -> str:
+    """Write what leaves, durably; its digest.
+
+    It was made of the global state, which is looked at once more: what changed it since step 1 may
+    be a patient's, and would leave as it is.
+    """
+    base, digest = share_out([opened.base, state], lambda: model_digest)
+    _require_received(opened, base)
+    house.releases.store(opened.key, state)
     return digest
 
 

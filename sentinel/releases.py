@@ -84,7 +84,29 @@ class Ending:
 
 
 class Releases:
-    """The folder of endings and released tensors."""
+    """The folder of endings and released tensors.
+
+    Guarantees:
+        What `store` and `end` write is durable and its owner's alone once they return; until then
+        what was there before is whole. What `load` gives is what was released, bit for bit. No fate
+        is ever removed, and tensors only once their tombstone is written.
+
+    Edges:
+        `ending` before there is one:                  None
+        `ending` that cannot be read:                  Withheld (ROUND_CLOSED)
+        `end` once more:                               the later fate stands
+        `store` of 0-d, empty or bfloat16 tensors:     `load` gives them as they were
+        `store` of a name that the format keeps:       `load` gives it as it was
+        `store` on a full disk:                        OSError; nothing is left behind
+        `load` of tensors that are gone or changed:    Withheld (ROUND_CLOSED)
+        `locked` while somebody else holds it:         waits
+        `locked` through a symbolic link:              OSError
+        `keep_newest` of 0:                            tombstones alone, which `holds_any` counts
+        `keep_newest` of tensors without a fate:       they stay
+        `keep_newest` past a fate that cannot be read: Withheld (ROUND_CLOSED)
+        `rooms` for more than half of the memory:      on disk, without a name
+        a folder that others may write to:             Withheld (STATE_UNSAFE)
+    """
 
     def __init__(self, folder: Path) -> None:
         """Make the folder (0700) where it is missing."""

@@ -34,7 +34,7 @@ class _Stage(enum.Enum):
 
     NEW = "not entered yet"
     OPEN = "open"
-    TRAINED = "trained, not released yet"
+    TRAINED = "trained"
     RELEASED = "released"
     WITHHELD = "withheld"
     REFUSED = "refused"
@@ -54,7 +54,9 @@ class Round:
         a global model that the policy refuses:          RoundRefused; the model is not loaded
         a global state that does not fit the model:      Withheld (STRUCTURE_MISMATCH); the model is
                                                          as it was
-        an exception in the block:                       recorded; nothing can be released any more
+        an exception in the block:                       recorded; nothing can be released any more.
+                                                         One by which its own private training
+                                                         withheld: told too, with its reason
         `withhold` before it is entered:                 REFUSED; it cannot be entered
         `withhold` of a round that has ended:            it stays as it was
         `withhold` of an open round:                     WITHHELD; `release` raises
@@ -134,9 +136,11 @@ class Round:
         if kind is None:
             self._stage = _Stage.TRAINED
             return
+        refusal = None if self._private is None else self._private.end(error)
+        if refusal is not None:
+            self.withhold(refusal.reason)
+            return
         self._stage = _Stage.ABORTED
-        if self._private is not None:
-            self._private.end()
         try:
             self._door.house.write(RoundAborted, round=self.key.digest)
         except Withheld as unwritten:  # the error of the block is the one to be seen

@@ -70,7 +70,17 @@ class Source(Mapping[str, torch.Tensor], ABC):
 
 
 class Held(Source):
-    """Tensors in memory: contiguous, any floating dtype."""
+    """Tensors in memory: contiguous, any floating dtype.
+
+    Guarantees:
+        What is read is the tensors themselves, not a copy; nothing is written to them.
+
+    Edges:
+        `pieces` of a 0-d tensor:                 one value
+        `pieces` of a tensor without a flat view: RuntimeError
+        `device` or `dtype`:                      the tensor's own
+        an empty tensor:                          in no block of work
+    """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Borrow the tensors."""
@@ -106,11 +116,16 @@ class Differences(Source):
         in `Withheld`. So nothing can grow between the norm and what is scaled by it.
 
     Edges:
-        NaN or infinity in either state, or squares beyond float64: NOT_FINITE, naming the entry.
-        Layouts other than row by row (channels last): that tensor is copied once.
-        Devices that differ: the global values are moved to the device of the local ones, piece by
-        piece.
-        No values: a sum of 0, and no piece.
+        NaN, Inf, or squares beyond float64:     NOT_FINITE, naming the entry
+        `pieces` of a state that was changed:    Withheld (LOCAL_MODEL_CHANGED) after the last one
+        `pieces` of a 0-d tensor:                one value
+        `pieces` of an empty tensor:             none; its sum is 0
+        `dtype` of float16 or bfloat16:          float32
+        `dtype` where one of the two is float64: float64
+        `put` into what was used before:         every value is written anew
+        layouts other than row by row:           that tensor is copied once, and read row by row
+        `device` where the two differ:           the local one's; the global values are moved to it,
+                                                 piece by piece
     """
 
     def __init__(
@@ -199,6 +214,17 @@ class Desk:
     """One thread's room for the tensors that it looks at, used again for the next ones.
 
     Fresh memory of a tensor's size costs more time than the difference that is written to it.
+
+    Guarantees:
+        What is laid out are the values of the source. Of each dtype and device there is one room,
+        as large as the most that was laid out at once.
+
+    Edges:
+        `lay` again:                    the same room; what was laid out before is gone
+        `lay` of more than before:      a larger room in the place of the former
+        `lay` of float32 and float64:   a room each
+        `lay` of a 0-d or empty tensor: in its own shape
+        `lay` of tensors in memory:     the tensors themselves
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:

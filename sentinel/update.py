@@ -65,6 +65,14 @@ class Update:
         aliases: name -> the name under which its tied tensor stands in `deltas`.
         base: the global state, borrowed and never written.
         roles: role of every entry, in the order of the global state.
+
+    Guarantees:
+        Only parameters that may leave are in `deltas`, each storage once, so that `squares` are
+        those of all that can leave. Neither state is written to.
+
+    Edges:
+        `assembly` of fewer names than in `deltas`: the others go back as the global model has them
+        `assembly` of deltas that are held:         they are used up
     """
 
     deltas: Source
@@ -98,6 +106,26 @@ class Update:
 
         Raises:
             Withheld: STRUCTURE_MISMATCH or NOT_FINITE, naming the entry.
+
+        Guarantees:
+            The rules of this module, in their order. No error holds a value.
+
+        Edges:
+            a 0-d parameter:                       one value, inside the norm
+            an empty one, or no difference:        a sum of squares of 0
+            integers, booleans, statistics:        in no norm; they stay
+            statistics as parameters:              leave; a running variance stays above 0
+            float16 and bfloat16:                  the difference is float32
+            float64:                               the difference is float64
+            a tensor that is not contiguous:       read by its values
+            tied tensors:                          one parameter, under its first name
+            tied tensors, one name withheld:       neither leaves
+            tensors that overlap in part:          two parameters
+            NaN, Inf, or squares beyond float64:   NOT_FINITE
+            finite one by one, but not together:   NOT_FINITE
+            an unknown, missing or reshaped entry: STRUCTURE_MISMATCH
+            no dense tensor, or without a shape:   STRUCTURE_MISMATCH
+            a name that cannot be printed:         STRUCTURE_MISMATCH
         """
         check_structure(global_state, local_state)
         roles = _roles(global_state, buffers, as_parameters=statistics_as_parameters)
@@ -143,6 +171,15 @@ class Assembly:
         which a receiver computes is no larger than the delta in any coordinate. With noise the
         nearest value is taken (post-processing), and values beyond the dtype's range are set to its
         largest.
+
+    Edges:
+        `put` beyond the range of the dtype:     the largest value of the dtype
+        `put` under a name that is not released: KeyError
+        `state` where nothing was released:      the global model's values; zeros as a delta
+        `state` of a tied tensor:                the same values, in memory of each name's own
+        `state` of another layout than by rows:  contiguous, the same values
+        `state` of a variance that is above 0:   stays above 0
+        `state` of a variance that is not:       moves by no more than the delta
     """
 
     def __init__(
@@ -352,6 +389,14 @@ def model_digest(state: Mapping[str, torch.Tensor]) -> str:
     Guarantees:
         Two states have the same digest only where names, dtypes, shapes and bytes are equal: each
         header is framed by its length. The order of the mapping does not matter.
+
+    Edges:
+        no entry:                        the SHA-256 of nothing
+        an empty tensor:                 its header alone
+        a 0-d tensor:                    its header and one value
+        0 and -0:                        differ
+        NaN:                             equal where its bytes are
+        a tensor that is not contiguous: its values, row by row
     """
     digest = hashlib.sha256()
     for name in sorted(state):

@@ -220,7 +220,10 @@ def test_after_pruning_a_tombstone_refuses(make_guard, tmp_path) -> None:
 def test_wrong_order_raises(make_guard) -> None:
     model = net()
     rnd = make_guard().round(1, state_of(model), model)
-    with pytest.raises(MisuseError, match="not entered yet"):
+    with pytest.raises(
+        MisuseError,
+        match=r"^The round is not entered yet; expected: open or trained or released\.$",
+    ):
         rnd.release()
     with rnd, pytest.raises(MisuseError, match="open"):
         rnd.__enter__()

@@ -11,7 +11,9 @@ import torch
 
 from sentinel.durable import locked
 from sentinel.errors import Withheld
+from sentinel.memory import room
 from sentinel.releases import Ending, Fate, Releases, RoundKey
+from sentinel.scratch import Scratch, free
 from sentinel.terms import Reason
 from sentinel.update import model_digest
 
@@ -137,3 +139,76 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="symbolic links"), releases.locked(KEY):
         pytest.fail("the lock may not be taken")
     assert target.read_text() == "mine"
+
+
+def test_a_round_is_held_by_one_at_a_time(tmp_path: Path) -> None:
+    releases = Releases(tmp_path / "r")
+
+    def hold() -> str:
+        with Releases(tmp_path / "r").locked(KEY):
+            return "held"
+
+    with ThreadPoolExecutor(1) as pool:
+        with releases.locked(KEY):
+            waiting = pool.submit(hold)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.3)
+        assert waiting.result(timeout=10) == "held"
+
+
+def test_the_later_fate_stands(tmp_path: Path) -> None:
+    releases, ending = release(tmp_path / "r")
+    later = Ending(Fate.WITHHELD, ending.global_model, reason=Reason.NOT_FINITE)
+    releases.end(KEY, later)
+    assert releases.ending(KEY) == later
+
+
+def test_where_no_release_is_kept_the_tombstones_are(tmp_path: Path) -> None:
+    releases, ending = release(tmp_path / "r")
+    releases.keep_newest(0)
+    assert list((tmp_path / "r").glob("*.safetensors")) == []
+    assert releases.ending(KEY).fate is Fate.PRUNED
+    assert releases.holds_any()
+    with pytest.raises(Withheld):
+        releases.load(KEY, ending)
+
+
+def test_tensors_of_a_round_that_has_not_ended_are_not_pruned(tmp_path: Path) -> None:
+    releases = Releases(tmp_path / "r")
+    releases.store(KEY, STATE)
+    releases.keep_newest(0)
+    assert len(list((tmp_path / "r").glob("*.safetensors"))) == 1
+    assert releases.ending(KEY) is None
+    assert not releases.holds_any()
+
+
+def test_a_fate_that_cannot_be_read_is_not_pruned(tmp_path: Path) -> None:
+    releases, _ = release(tmp_path / "r")
+    next((tmp_path / "r").glob("*.json")).write_text("{}")
+    with pytest.raises(Withheld) as caught:
+        releases.keep_newest(0)
+    assert caught.value.reason is Reason.ROUND_CLOSED
+    assert len(list((tmp_path / "r").glob("*.safetensors"))) == 1
+
+
+def test_what_would_not_fit_finds_room_on_disk(tmp_path: Path) -> None:
+    releases = Releases(tmp_path / "r")
+    assert releases.rooms(1 << 20) is room
+    assert isinstance(releases.rooms(free()), Scratch)
+    assert list((tmp_path / "r").iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o777])
+def test_a_folder_that_others_may_write_to_is_refused(tmp_path: Path, mode: int) -> None:
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r").chmod(mode)
+    with pytest.raises(Withheld) as caught:
+        Releases(tmp_path / "r")
+    assert caught.value.reason is Reason.STATE_UNSAFE
+
+
+def test_what_is_written_is_the_owners_alone(tmp_path: Path) -> None:
+    release(tmp_path / "r")
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "r").iterdir()}
+    assert modes == {0o600}
+    assert (tmp_path / "r").stat().st_mode & 0o777 == 0o700

@@ -14,7 +14,7 @@ import torch
 
 from sentinel import scratch
 from sentinel.mechanism import prepare, transform
-from sentinel.memory import room
+from sentinel.memory import LARGE, room
 from sentinel.scratch import Scratch, free, rooms_for
 from sentinel.terms import Action, NormBound, Plan, Treatment
 from sentinel.update import Update
@@ -23,7 +23,7 @@ SHAPE = torch.Size((600, 700))  # over the size below which memory is taken anyw
 
 
 def test_room_on_disk_is_memory_that_can_be_written_and_has_no_name(tmp_path: Path) -> None:
-    tensor = Scratch(tmp_path)(SHAPE, torch.float32)
+    tensor = Scratch(tmp_path, 4 * SHAPE.numel())(SHAPE, torch.float32)
     tensor.fill_(2.0)
     assert float(tensor.sum()) == 2.0 * SHAPE.numel()
     assert list(tmp_path.iterdir()) == []
@@ -36,25 +36,50 @@ def test_room_on_disk_is_memory_that_can_be_written_and_has_no_name(tmp_path: Pa
 def test_where_files_must_have_names_theirs_is_gone_at_once(tmp_path: Path, monkeypatch) -> None:
     """Some file systems know no files without a name; the flag is what they refuse."""
     monkeypatch.setattr(scratch.os, "O_TMPFILE", os.O_DIRECTORY | os.O_RDWR)  # EISDIR
-    tensor = Scratch(tmp_path)(SHAPE, torch.float64)
+    tensor = Scratch(tmp_path, 8 * SHAPE.numel())(SHAPE, torch.float64)
     tensor.zero_()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_would_take_more_than_half_of_the_free_memory_goes_to_disk(tmp_path: Path) -> None:
-    assert rooms_for(1 << 20, tmp_path) is room
-    assert isinstance(rooms_for(free(), tmp_path), Scratch)
-
-
-def test_the_limit_of_the_machine_the_container_and_the_process_all_count(
+def test_what_would_take_more_than_half_of_the_free_memory_goes_to_disk(
     tmp_path: Path, monkeypatch
 ) -> None:
+    monkeypatch.setattr(scratch, "_of_process", lambda: 6 << 20)
+    assert rooms_for(3 << 20, tmp_path) is room
+    assert isinstance(rooms_for(4 << 20, tmp_path), Scratch)
+
+
+def test_many_tensors_share_a_file_and_do_not_touch_one_another(tmp_path: Path) -> None:
+    """A file each would use up the handles that a process may have."""
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    rooms = Scratch(tmp_path, 40 * (LARGE + 64))
+    shapes = [torch.Size((LARGE // 4 + extra,)) for extra in range(40)]
+    tensors = [rooms(shape, torch.float32).fill_(place) for place, shape in enumerate(shapes)]
+    assert len(list(Path("/proc/self/fd").iterdir())) - before <= 2
+    assert all(bool((tensor == place).all()) for place, tensor in enumerate(tensors))
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors)
+
+
+V1, V2 = "7:cpu,memory:/pods/ours\n3:pids:/other\n", "0::/pods/ours\n"
+
+
+@pytest.mark.parametrize("groups", [V1, V2], ids=["v1", "v2"])
+@pytest.mark.parametrize("where", ["", "pods", "pods/ours"])
+def test_the_limit_of_every_group_around_the_process_counts(
+    groups: str, where: str, tmp_path: Path, monkeypatch
+) -> None:
     assert 0 < free() < 1 << 50
-    monkeypatch.setattr(scratch, "_GROUP", tmp_path)
-    (tmp_path / "memory.max").write_text("50000000\n")
-    (tmp_path / "memory.stat").write_text("anon 20000000\nfile 99999999\n")
+    monkeypatch.setattr(scratch, "_GROUPS", tmp_path)
+    monkeypatch.setattr(scratch, "_OWN_GROUPS", tmp_path / "own")
+    (tmp_path / "own").write_text(groups)
+    folder = (tmp_path / "memory" if groups == V1 else tmp_path) / where
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / ("memory.limit_in_bytes" if groups == V1 else "memory.max")
+    file.write_text("50000000\n")
+    total = "total_rss" if groups == V1 else "anon"
+    (folder / "memory.stat").write_text(f"file 99999999\n{total} 20000000\n")
     assert free() == 30_000_000
-    (tmp_path / "memory.max").write_text("max\n")
+    file.write_text("max\n")
     assert free() > 30_000_000
 
 
@@ -72,7 +97,7 @@ def test_a_state_made_on_disk_is_the_one_made_in_memory(kind, tmp_path, fixed_en
     treatments["kept"] = Treatment(action=Action.WITHHOLD)
     plan = Plan(Action.RELEASE, treatments, (NormBound(frozenset(base), 1.0),), ())
     made = []
-    for rooms in (room, Scratch(tmp_path)):
+    for rooms in (room, Scratch(tmp_path, 1 << 20)):
         update = Update.from_states(base, local, statistics_as_parameters=True)
         prepared = prepare(update, plan, base_std=0.0)
         made.append(transform(update, prepared, kind=kind, entropy=fixed_entropy(1), rooms=rooms))
@@ -84,6 +109,7 @@ RELEASE = dedent("""
     from pathlib import Path
     import safetensors.torch, torch
     import sentinel
+    from sentinel.state import StateFolder
 
     folder, unit, headroom, largest = Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:])
 
@@ -113,7 +139,7 @@ RELEASE = dedent("""
             pass
         released = rnd.release(local)
     except sentinel.Withheld as withheld:
-        print("withheld", withheld.reason)
+        print("withheld", withheld.reason, StateFolder(folder / unit).ledger.head().seq)
     else:
         norm = sum(float((released[n] - base[n]).square().sum()) for n in base) ** 0.5
         print("released", size, figure("RssAnon") - held, norm)
@@ -166,7 +192,9 @@ def test_an_update_larger_than_the_memory_left_is_released(unit: str, tmp_path: 
 
 @pytest.mark.parametrize("unit", ["none", "site"])
 def test_where_the_disk_has_no_room_for_it_nothing_leaves(unit: str, tmp_path: Path) -> None:
+    """And nothing is charged but the round before it: a full disk says nothing about anybody."""
     assert release_in_little_memory(unit, tmp_path, largest=2 << 20) == [
         "withheld",
         "storage-failed",
+        "1",
     ]

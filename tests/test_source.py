@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sentinel.crew import BLOCK
+from sentinel.crew import BLOCK, Span
 from sentinel.errors import Withheld
-from sentinel.source import Differences, Held
+from sentinel.source import Desk, Differences, Held
 from sentinel.terms import Reason
 
 SIZES = {"small": (3, 5), "none": (0, 4), "large": (BLOCK + 70_001,), "one": (), "b": (BLOCK,)}
@@ -115,3 +115,94 @@ def held() -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     figures = dict(line.split(":", 1) for line in lines)
     return int(figures["RssAnon"].split()[0]) * 1024
+
+
+def test_held_tensors_are_read_where_they_lie() -> None:
+    tensors = {"one": torch.tensor(3.0), "none": torch.zeros(0, 4), "w": torch.ones(5)}
+    source = Held(tensors)
+    assert all(source[name] is tensors[name] for name in source)
+    spans = [span for block in source.blocks(tensors) for span in block]
+    assert {span.name for span in spans} == {"one", "w"}
+    for span in spans:
+        (piece,) = source.pieces(span)
+        assert piece.data_ptr() == tensors[span.name].data_ptr()
+        assert piece.numel() == tensors[span.name].numel()
+        kind = (source.dtype(span.name), source.device(span.name))
+        assert kind == (torch.float32, torch.device("cpu"))
+
+
+def test_held_tensors_that_have_no_flat_view_are_not_read() -> None:
+    source = Held({"w": torch.ones(2, 3).t()})
+    with pytest.raises(RuntimeError, match="view"):
+        list(source.pieces(Span("w", 0, 6)))
+
+
+def test_differences_have_the_wider_of_two_dtypes_and_the_device_of_the_local_state() -> None:
+    kinds = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+    for ours in kinds:
+        for theirs in kinds:
+            base, local = {"w": torch.zeros(2, dtype=ours)}, {"w": torch.ones(2, dtype=theirs)}
+            found = Differences(base, local, base)
+            wide = torch.float64 if torch.float64 in (ours, theirs) else torch.float32
+            assert found.dtype("w") == found["w"].dtype == wide
+            assert found.device("w") == local["w"].device
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("at", ["cpu", "cuda"])
+def test_differences_are_where_the_local_state_is(at: str) -> None:
+    base, local = states()
+    expected = Differences(SIZES, local, base)
+    other = "cuda" if at == "cpu" else "cpu"
+    found = Differences(
+        SIZES,
+        {name: value.to(at) for name, value in local.items()},
+        {name: value.to(other) for name, value in base.items()},
+    )
+    for name in SIZES:
+        assert found.device(name).type == found[name].device.type == at
+        assert torch.equal(found[name].cpu(), expected[name])
+
+
+def test_a_difference_is_written_over_all_that_was_there() -> None:
+    base, local = states()
+    found = Differences(SIZES, local, base)
+    for name in SIZES:
+        whole = torch.full(found.shapes[name], math.nan, dtype=found.dtype(name))
+        assert found.put(name, whole) is whole
+        assert torch.equal(whole, found[name])
+
+
+def test_a_desk_has_one_room_for_each_kind_that_grows_to_the_most() -> None:
+    base, local = states()
+    wide = {f"wide {name}": value.double() for name, value in local.items()}
+    base |= {name: torch.zeros_like(value) for name, value in wide.items()}
+    found = Differences(base, local | wide, base)
+    desk = Desk(found)
+    rooms = []
+    for names in (["small"], ["one", "none"], ["b", "wide small"], list(base), ["small"]):
+        laid = desk.lay(names)
+        assert laid.keys() == set(names)
+        for name, value in laid.items():
+            assert value.shape == found.shapes[name]
+            assert torch.equal(value, found[name])
+        rooms.append({kind: place.numel() for kind, place in desk._rooms.items()})
+    most = sum(value.numel() for value in local.values())
+    assert rooms[0] == rooms[1] == {(torch.float32, torch.device("cpu")): 15}
+    assert list(rooms[2].values()) == [BLOCK, 15]
+    assert list(rooms[3].values()) == list(rooms[4].values()) == [most, most]
+
+
+def test_what_was_laid_out_before_is_gone() -> None:
+    base, local = states()
+    desk = Desk(Differences(SIZES, local, base))
+    first = desk.lay(["small"])["small"]
+    second = desk.lay(["one"])["one"]
+    assert second.data_ptr() == first.data_ptr()
+    assert first.view(-1)[0] == second
+
+
+def test_tensors_in_memory_are_laid_out_as_they_are() -> None:
+    held = {"w": torch.ones(3)}
+    for source in (held, Held(held)):
+        assert Desk(source).lay(["w"])["w"].data_ptr() == held["w"].data_ptr()

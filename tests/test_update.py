@@ -20,6 +20,7 @@ from sentinel.terms import Reason
 from sentinel.update import Role, Update, model_digest, require_state, shares_storage
 
 LOW = [torch.float16, torch.bfloat16]
+NANS = (0x7FC00000, 0x7FC00001)  # two of the patterns that mean NaN
 
 
 def update_of(base: dict, local: dict, **options: object) -> Update:
@@ -323,3 +324,64 @@ def test_a_running_variance_that_is_not_positive_is_not_moved_by_more_than_its_d
     ).all()
     if kind == "weights":
         assert out[2] > 0
+
+
+def test_an_entry_without_a_shape_or_without_data_is_refused() -> None:
+    lazy = torch.nn.LazyLinear(2).state_dict()
+    with pytest.raises(Withheld, match="run the model once") as caught:
+        update_of(lazy, lazy)
+    assert caught.value.reason is Reason.STRUCTURE_MISMATCH
+    base = {"w": torch.zeros(2)}
+    with pytest.raises(Withheld, match="has no data") as caught:
+        update_of(base, {"w": torch.zeros(2, device="meta")})
+    assert caught.value.reason is Reason.STRUCTURE_MISMATCH
+
+
+def test_float64_in_one_of_the_states_is_enough() -> None:
+    low, wide = {"w": torch.ones(1)}, {"w": torch.ones(1, dtype=torch.float64) + 1e-12}
+    for base, local in [(low, wide), (wide, low)]:
+        update = update_of(base, local)
+        assert update.deltas["w"].dtype == torch.float64
+        assert abs(update.deltas["w"].item()) == pytest.approx(1e-12, rel=1e-3)
+        assert given_back(update, ["w"])["w"].dtype == base["w"].dtype
+
+
+def test_held_deltas_are_used_up() -> None:
+    """What carries noise is as large as the model; it is not held twice."""
+    held = torch.full((3,), 0.5)
+    update = replace(
+        update_of({"w": torch.zeros(3)}, {"w": torch.ones(3)}), deltas=Held({"w": held})
+    )
+    assert given_back(update, ["w"])["w"].data_ptr() == held.data_ptr()
+
+
+def test_values_under_a_name_that_is_not_released_are_not_taken() -> None:
+    base = {"w": torch.zeros(3), "stays": torch.zeros(3)}
+    assembly = update_of(base, {name: torch.ones(3) for name in base}).assembly(["w"])
+    with pytest.raises(KeyError):
+        assembly.put("stays", 0, torch.ones(3, dtype=torch.float64))
+    assert torch.equal(assembly.state()["stays"], base["stays"])
+
+
+@pytest.mark.parametrize("kind", ["weights", "delta"])
+def test_where_nothing_is_released_the_global_model_goes_back(kind: str) -> None:
+    base = {"w": torch.ones(3), "n": torch.tensor(4)}
+    out = given_back(update_of(base, {"w": torch.zeros(3), "n": torch.tensor(9)}), [], kind=kind)
+    times = 1 if kind == "weights" else 0
+    assert all(torch.equal(out[name], value * times) for name, value in base.items())
+
+
+def test_a_digest_of_odd_tensors_is_that_of_their_bytes() -> None:
+    """NaN by its bits, no values, one value, values that lie elsewhere, and no tensor at all."""
+
+    def digest(value: torch.Tensor) -> str:
+        return model_digest({"w": value})
+
+    quiet, other = (torch.tensor([bits], dtype=torch.int32).view(torch.float32) for bits in NANS)
+    assert digest(quiet) == digest(quiet.clone()) != digest(other)
+    assert model_digest({}) == hashlib.sha256().hexdigest()
+    assert digest(torch.zeros(0, 3)) != digest(torch.zeros(3, 0))
+    assert digest(torch.tensor(1.0)) != digest(torch.ones(1))
+    rows = torch.arange(6.0).view(2, 3)
+    assert digest(rows.t()) == digest(rows.t().contiguous()) != digest(rows)
+    assert digest(torch.tensor([0.0])) != digest(torch.tensor([-0.0]))

@@ -78,6 +78,12 @@ _NO_PROMISE = (
 
 def _print_promise(promise: dict[str, Any]) -> None:
     screen = console()
+    if promise["void"]:
+        screen.print(
+            "The lifetime promise is void: something was released outside it (without a promise, "
+            "or under a finer unit). The epsilons below cover the rest alone.",
+            style="bold",
+        )
     screen.print(
         f"Promise for {promise['dataset']}: epsilon {promise['epsilon_spent']:.4g} of "
         f"{promise['epsilon']:g} is spent, {promise['epsilon_left']:.4g} left ({_terms(promise)}).",
@@ -100,12 +106,6 @@ def _print_promise(promise: dict[str, Any]) -> None:
         screen.print(
             f"Charges that do not say how far their noise was from ideal noise: "
             f"{promise['slack_unknown']:,}. That was counted as nothing."
-        )
-    if promise["void"]:
-        screen.print(
-            "The lifetime promise is void: something was released outside it (without a promise, "
-            "or under a finer unit). The epsilon above covers the rest alone.",
-            style="bold",
         )
 
 
@@ -149,7 +149,7 @@ def _policies(promise: dict[str, Any]) -> Table:
             name[:_KEY],
             str(entry["charges"]),
             "void" if entry["void"] else f"{entry['epsilon_alone']:.4g}",
-            Text(entry["accountant"]),
+            Text("" if entry["void"] else entry["accountant"]),
         )
     return table
 

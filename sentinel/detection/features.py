@@ -225,7 +225,7 @@ class _Draws:
         with self._turn:
             self._turn.wait_for(lambda: self._next >= number)
             # The same numbers as one draw after the other: each is of a multiple of 16 values.
-            drawn = torch.randn(sum(columns) * SKETCH, generator=self._generator)
+            drawn = torch.randn(sum(columns) * SKETCH, generator=self._generator, device="cpu")
         self.done(number)
         drawn /= math.sqrt(SKETCH)
         parts = torch.split(drawn, [count * SKETCH for count in columns])

@@ -217,7 +217,7 @@ def _twins(batch: Batch, seen: Survey, loud: Tensor, sample: Tensor | None) -> T
     if bias is not None:
         scale = math.sqrt(chosen.shape[2])
         chosen = torch.cat([chosen, scale * bias[:, :, None]], dim=2)
-    # Float32 rounds cosines a thousand times finer than `TWIN`.
+    # Float32 rounds cosines some hundred times finer than `TWIN`.
     units = torch.nn.functional.normalize(chosen, dim=2).float()
     units.masked_fill_(~loud[:, :, None], 0.0)
     cosines = (units @ units.mT).abs_()

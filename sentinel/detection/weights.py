@@ -343,7 +343,7 @@ def _units(part: _Part, rows: Tensor, generator: torch.Generator) -> Tensor:
 
 def _projection(stack: Stack, generator: torch.Generator) -> Tensor:
     """Random directions for the rows, [inputs, `SKETCH`]."""
-    drawn = torch.randn(stack.columns, SKETCH, generator=generator)
+    drawn = torch.randn(stack.columns, SKETCH, generator=generator, device="cpu")
     return drawn.to(stack.values.device, stack.dtype)
 
 

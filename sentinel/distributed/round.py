@@ -43,7 +43,7 @@ class _Stage(enum.Enum):
 
     NEW = "not entered yet"
     OPEN = "open"
-    TRAINED = "trained, not released yet"
+    TRAINED = "trained"
     RELEASED = "released"
     CLOSED = "withheld, refused or aborted"
 

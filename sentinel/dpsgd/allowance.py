@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sentinel.house import House
     from sentinel.releases import RoundKey
 
+_MOST_COUNTED = 5000  # steps; to count those left of more would take long
 _AHEAD = 2  # ask for this many times the steps at once: asking takes longer than a small step
 
 
@@ -42,15 +43,21 @@ class Allowance:
         Raises:
             Withheld: BUDGET_EXHAUSTED.
         """
-        if steps <= self._paid:
-            return
-        if self._refused is None or steps * _AHEAD < self._refused:
-            if self._affordable(steps * _AHEAD):
-                self._paid = steps * _AHEAD
-                return
-            self._refused = steps * _AHEAD
-        self._ask(steps)
-        self._paid = steps
+        if not self._pays(steps):
+            self._ask(steps)
+
+    def require_epoch(self, taken: int, batches: int) -> None:
+        """Refuse where the budget does not pay for `batches` steps more than the round has `taken`.
+
+        Raises:
+            Withheld: BUDGET_EXHAUSTED; it says how many of these steps would still fit.
+        """
+        steps = taken + batches
+        if not self._pays(steps):
+            fit = f"; {self._fitting(taken, steps):,} still fit" if steps <= _MOST_COUNTED else ""
+            plural = "" if batches == 1 else "s"
+            epoch = f"{batches:,} private step{plural} after {taken:,} in this round"
+            self._ask(steps, f"One more epoch ({epoch}{fit})")
 
     def event(self, steps: int) -> DpSgdEvent:
         """What a round of `steps` costs."""
@@ -82,6 +89,28 @@ class Allowance:
             for row in self._house.ledger.rows(self._house.rules.dataset)
         )
 
+    def _pays(self, steps: int) -> bool:
+        """Whether the budget pays for a round of `steps`, by an earlier answer where it can."""
+        if steps <= self._paid:
+            return True
+        if self._refused is None or steps * _AHEAD < self._refused:
+            if self._affordable(steps * _AHEAD):
+                self._paid = steps * _AHEAD
+                return True
+            self._refused = steps * _AHEAD
+        if not self._affordable(steps):
+            return False
+        self._paid = steps
+        return True
+
+    def _fitting(self, taken: int, refused: int) -> int:
+        """How many more steps than `taken` the budget pays for, where not for `refused` in all."""
+        low, beyond = taken, refused
+        while beyond - low > 1:
+            middle = (low + beyond) // 2
+            low, beyond = (middle, beyond) if self._affordable(middle) else (low, middle)
+        return low - taken
+
     def _affordable(self, steps: int) -> bool:
         try:
             self._ask(steps)
@@ -91,7 +120,8 @@ class Allowance:
             return False
         return True
 
-    def _ask(self, steps: int) -> None:
+    def _ask(self, steps: int, what: str | None = None) -> None:
         promise = promise_of(self._house.rules)
         assert promise is not None  # noqa: S101 - a plan comes from a promise
-        self._house.ledger.require_budget(self._house.rules.dataset, self.event(steps), promise)
+        rules, event = self._house.rules, self.event(steps)
+        self._house.ledger.require_budget(rules.dataset, event, promise, what)

@@ -76,8 +76,11 @@ class Chain:
         if not same_memory(optimizer_state(self._optimizer, copy=False), self._memory):
             raise broken("the optimizer's state was changed outside the private steps")
 
-    def require_local(self, local: Mapping[str, Tensor]) -> None:
+    def require_local(self, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Refuse a local state that is not what the last step left.
+
+        Returns:
+            The same state, as it was kept: whoever trains on does not change it.
 
         Raises:
             Withheld: PROMISE_NOT_KEPT.
@@ -90,6 +93,7 @@ class Chain:
         for name, value in local.items():
             if name not in expected or not _same(value, expected[name]):
                 raise broken("the local state is not what the last private step left")
+        return {name: expected[name] for name in local}
 
     @property
     def memory(self) -> dict[tuple[int, str], object]:

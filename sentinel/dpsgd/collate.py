@@ -76,7 +76,7 @@ def _join(parts: list[Any], counts: list[int]) -> Any:  # noqa: ANN401 - as abov
         if any(part.keys() != first.keys() for part in parts):
             raise _unlike()
         joined = {key: _join([part[key] for part in parts], counts) for key in first}
-        return type(first)(joined)  # type: ignore[call-arg]
+        return type(first)(joined)  # type: ignore[call-arg]  # a kind of dict, made as dict is
     if isinstance(first, list | tuple):
         return _join_lists(parts, counts)
     if isinstance(first, str | int | float | None) and all(part == first for part in parts):

@@ -48,11 +48,11 @@ def _coarse_settings(kind: str) -> list[str]:
     if kind == "cuda":
         settings = {
             "torch.backends.cuda.matmul": backends.cuda.matmul.fp32_precision,
-            "torch.backends.cudnn.conv": backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+            "torch.backends.cudnn.conv": backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]  # not in torch's stubs
         }
     else:
         settings = {
-            "torch.backends.mkldnn.matmul": backends.mkldnn.matmul.fp32_precision,  # type: ignore[attr-defined]
-            "torch.backends.mkldnn.conv": backends.mkldnn.conv.fp32_precision,  # type: ignore[attr-defined]
+            "torch.backends.mkldnn.matmul": backends.mkldnn.matmul.fp32_precision,  # type: ignore[attr-defined]  # as above
+            "torch.backends.mkldnn.conv": backends.mkldnn.conv.fp32_precision,  # type: ignore[attr-defined]  # as above
         }
     return [name for name, value in settings.items() if value in _COARSE]

@@ -236,7 +236,7 @@ class Taps:
         parameters = layer._parameters  # noqa: SLF001 - torch has no other way to set one aside
         self._held.append((layer, dict(parameters)))
         for name, parameter in own_parameters(layer).items():
-            parameters[name] = parameter.detach()  # type: ignore[assignment]
+            parameters[name] = parameter.detach()  # type: ignore[assignment]  # a plain tensor, on purpose
 
     def _after(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:  # noqa: ANN401 - as torch hands them over
         """Put them back, and tap what came out."""
@@ -256,7 +256,7 @@ class Taps:
         require_no_autocast(output)
         number, call.uses[layer] = call.uses[layer], call.uses[layer] + 1
         place = (self, call, layer, number)
-        return _Tap.apply(output, self._anchor, args[0].detach(), place)  # type: ignore[no-untyped-call]
+        return _Tap.apply(output, self._anchor, args[0].detach(), place)  # type: ignore[no-untyped-call]  # torch has no types there
 
     def take(self, call: Call, layer: nn.Module, use: int, seen: tuple[Tensor, Tensor]) -> None:
         """Keep what one layer saw.

@@ -112,6 +112,7 @@ class PrivateTraining:
         self._allowance = Allowance(house, plan, self._coordinates)
         self._stage = _Stage.IDLE
         self._fault: Withheld | None = None
+        self._refusal: Withheld | None = None
         self._chain: Chain | None = None
         self._charged_memory: dict[tuple[int, str], object] = {}
         self._clip_norm = self._charged_clip_norm = plan.clip_norm
@@ -165,7 +166,7 @@ class PrivateTraining:
                 "not released"
             )
         self._allowance.begin(key)
-        self._fault, self._steps = None, 0
+        self._fault, self._refusal, self._steps = None, None, 0
         self._clip_norm = self._charged_clip_norm
         self._forget_batch()
         self._chain = Chain(self._model, self._optimizer, base)
@@ -174,19 +175,27 @@ class PrivateTraining:
         self._taps.active = True
         return PrivateRound(self, self._chain)
 
-    def end(self) -> None:
-        """The round was aborted: what is left of a batch is forgotten."""
+    def end(self, error: BaseException | None) -> Withheld | None:
+        """The round ended in `error`: what is left of a batch is forgotten.
+
+        Returns:
+            The error, where it is the last one by which this training withheld; else None.
+        """
+        refusal, self._refusal = self._refusal, None
         self._stage = _Stage.IDLE
         self._taps.active = False
         self._taps.restore()
         self._forget_batch()
+        return refusal if refusal is error else None
 
     def first_step(self) -> DpSgdEvent:
         """What one step costs."""
         return self._allowance.event(1)
 
-    def conclude(self, chain: Chain, local_state: Mapping[str, Tensor]) -> DpSgdEvent:
-        """Check that the local state is what the private steps left, and what they cost.
+    def conclude(
+        self, chain: Chain, local_state: Mapping[str, Tensor]
+    ) -> tuple[DpSgdEvent, dict[str, Tensor]]:
+        """Check that the local state is what the private steps left; what they cost, and a copy.
 
         Raises:
             Withheld: PROMISE_NOT_KEPT.
@@ -197,7 +206,7 @@ class PrivateTraining:
             raise self._fault
         self._taps.restore()
         self._chain.require()
-        self._chain.require_local(local_state)
+        kept = self._chain.require_local(local_state)
         try:
             if self._steps:
                 self._wrapped.require_settings()
@@ -206,7 +215,7 @@ class PrivateTraining:
         self._stage = _Stage.CONCLUDED
         self._taps.active = False
         self._losses.end()
-        return self._allowance.concluded(max(1, self._steps))
+        return self._allowance.concluded(max(1, self._steps)), kept
 
     def require_epoch(self, batches: int) -> None:
         """Refuse to begin an epoch that the budget does not pay for.
@@ -225,7 +234,11 @@ class PrivateTraining:
                     "The last epoch was left in the middle of a batch that comes in several pieces."
                 )
             )
-        self._allowance.require(self._steps + batches)
+        try:
+            self._allowance.require_epoch(self._steps, batches)
+        except Withheld as error:
+            self._refusal = error
+            raise
 
     def open_batch(self, piece: Piece, data: object) -> None:
         """The loader gives out a piece of a batch: `data` is what the loop gets.
@@ -365,6 +378,8 @@ class PrivateTraining:
 
     def _fail(self, error: SentinelError) -> SentinelError:
         """From here on nothing of this round can be released."""
+        if isinstance(error, Withheld):
+            self._refusal = error
         if self._stage is _Stage.OPEN and self._fault is None:
             refused = broken("a step or batch of the loop was refused")
             self._fault = error if isinstance(error, Withheld) else refused
@@ -398,8 +413,8 @@ class PrivateRound:
         """What one step costs."""
         return self._training.first_step()
 
-    def conclude(self, local: Mapping[str, Tensor]) -> DpSgdEvent:
-        """What the steps of the round cost.
+    def conclude(self, local: Mapping[str, Tensor]) -> tuple[DpSgdEvent, dict[str, Tensor]]:
+        """What the steps of the round cost, and the state that they left, which stays as it is.
 
         Args:
             local: what is about to be released.

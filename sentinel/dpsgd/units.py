@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
     Whole = NDArray[np.int64]
 
+# Numbers that are near each other and not the same, and answers: neither says who a patient is.
+_NO_IDS = (bool, np.bool_, float, complex, np.inexact)
+
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
@@ -54,8 +57,9 @@ class Units:
     Edges:
         `single`:                                     each record is a unit
         `grouped` with no records:                    no units
-        `grouped`, ids by any kind of number or text: as they compare equal
-        `grouped`, an id that is None, NaN or empty:  MisuseError
+        `grouped`, ids by any kind of number or text: as they compare equal; whole numbers, and all
+                                                      of one type: others raise MisuseError
+        `grouped`, an id that is None, NaN or empty:  MisuseError; so in a part of a tuple
         `grouped`, more or fewer ids than records:    MisuseError, which names no id
         `grouped`, a set or a dict of ids:            MisuseError: they say nothing of the order
     """
@@ -79,7 +83,8 @@ class Units:
             cap: most records of one patient in one batch.
 
         Raises:
-            MisuseError: not one id for each record, or an id that is missing.
+            MisuseError: not one id for each record, an id that is missing, or ids that cannot be
+                compared: of several types, decimal numbers, booleans.
         """
         codes = _codes(ids)
         if len(codes) != records:
@@ -144,22 +149,50 @@ def _codes(ids: Iterable[Hashable]) -> Whole:
     if isinstance(ids, str | bytes):
         raise MisuseError("patients must hold one id for each record, not be a single text.")
     known: dict[Hashable, int] = {}
+    types: set[object] = set()
+    codes = []
     try:
-        codes = [known.setdefault(_present(one), len(known)) for one in ids]
+        for one in ids:
+            value = one.item() if isinstance(one, torch.Tensor) and one.numel() == 1 else one
+            codes.append(known.setdefault(value, len(known)))
+            types.add(_type(value))
     except TypeError:
+        raise _incomparable() from None
+    if len(types) > 1:
         raise MisuseError(
-            "patients must be a sequence of ids that can be compared, such as whole numbers or "
-            "texts."
-        ) from None
+            "patients mixes ids of several types, such as whole numbers and texts, so that a "
+            "patient may be taken for two. Make them all of one type, for example "
+            "[str(one) for one in ids]."
+        )
     return np.asarray(codes, dtype=np.int64)
 
 
-def _present(one: Hashable) -> Hashable:
-    """An id; a tensor of one value counts by its value, and a missing one is refused."""
-    value = one.item() if isinstance(one, torch.Tensor) else one
-    if value is None or value != value or value == "":  # noqa: PLR0124 - NaN is not itself
+def _type(value: object) -> object:
+    """What ids must have in common to be compared; of a tuple, that of its parts.
+
+    Raises:
+        MisuseError: an id that is missing, or that does not say who is the same.
+    """
+    if isinstance(value, torch.Tensor):  # hashed by its place in memory
+        raise _incomparable()
+    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+        return int
+    if value is None or value != value or value in ("", b""):  # noqa: PLR0124 - NaN is not itself
         raise MisuseError(
             "patients has a record without an id; give each such record an id of its own, or leave "
             "it out of the data set."
         )
-    return value
+    if isinstance(value, str):
+        return str
+    if isinstance(value, tuple):
+        return tuple(_type(part) for part in value)
+    if isinstance(value, _NO_IDS) or type(value).__eq__ is object.__eq__:
+        raise _incomparable()
+    return type(value)
+
+
+def _incomparable() -> MisuseError:
+    return MisuseError(
+        "patients must be a sequence of ids that can be compared, such as whole numbers or texts; "
+        "decimal numbers and booleans are none. Convert them to whole numbers or texts."
+    )

@@ -95,7 +95,7 @@ class Workspace:
         self._drawer.begin(entropy, values)
         self._expected = values
         self._drawn_for: tuple[RoundedNormal, float] | None = None
-        self._drawn = torch.empty(0)
+        self._drawn = torch.empty(0, device="cpu")
 
     def treat(self, chunk: torch.Tensor, recipe: Recipe) -> torch.Tensor:
         """What the recipe makes of `chunk` (values,): float64 (values,), valid until the next call.

@@ -221,9 +221,9 @@ def _steps(privacy: Privacy, pays_for: Affordable, rate: float) -> Finding:
     passes = pays_for.count * rate
     told = f"{passes:.2g}" if passes < _FEW else f"{passes:,.0f}"
     return _note(
-        f"the budget ({_budget(privacy)}; by {pays_for.accountant}) pays for "
-        f"{_many(pays_for, 'step')} of private training in all rounds together, which is "
-        f"{told} {'pass' if told == '1' else 'passes'} over the {privacy.cohort:,} "
+        f"the budget ({_budget(privacy)}; by {pays_for.accountant}; claimed by the training "
+        f"process) pays for {_many(pays_for, 'step')} of private training in all rounds together, "
+        f"which is {told} {'pass' if told == '1' else 'passes'} over the {privacy.cohort:,} "
         f"{privacy.unit}s; then nothing leaves"
     )
 

@@ -87,6 +87,16 @@ def let_out(policy: Policy, names: Iterable[str]) -> frozenset[str]:
     Args:
         policy: the policy.
         names: dotted names of parameters.
+
+    Guarantees:
+        A name is in or out by itself: neither other names, nor the order of rules, nor a rule with
+        `when` has a part in it.
+
+    Edges:
+        an empty policy, or no names:                        nothing
+        a name that no rule matches:                         stays
+        a name that only rules with `when` match:            stays
+        a name that one rule lets out and another withholds: stays
     """
     return frozenset(name for name in names if _leaves(policy, name))
 
@@ -146,11 +156,24 @@ def decide(policy: Policy, evidence: Evidence) -> Plan:
         deviation wanted per coordinate: where noise is there already, the caller adds what is
         missing.
 
-    Guarantees (each property-tested): the order of rules never matters; a rule with `when` only
-    tightens; a further rule weakens no parameter that was let out without it; more sensitivity,
-    suspicion, spent budget or ill health weakens no knob and lowers no standard deviation. With
-    `max_norm = "auto"` they hold for given `auto_norms`, and whatever these are, no bound lies
-    outside floor and ceiling, and the noise is `noise_ratio` times the bound in force.
+    Guarantees:
+        Each of these is property-tested. The order of rules never matters; a rule with `when` only
+        tightens; a further rule weakens no parameter that was let out without it; more sensitivity,
+        suspicion, spent budget or ill health weakens no knob and lowers no standard deviation. With
+        `max_norm = "auto"` they hold for given `auto_norms`, and whatever these are, no bound lies
+        outside floor and ceiling, and the noise is `noise_ratio` times the bound in force.
+
+    Edges:
+        an empty policy:                            WITHHOLD, for all and each
+        a parameter that no rule matches:           withheld; the others leave
+        no parameter:                               WITHHOLD
+        a parameter without values:                 leaves like any other; its deviation is finite
+        a score right at a threshold:               it is reached
+        several thresholds in one rule:             all have to be reached
+        a name that never leaves, among the others: changes nothing else
+        a parameter withheld for now:               counts in every bound on it
+        `auto_norms` left out:                      the middle of floor and ceiling
+        `auto_norms` that are NaN, Inf or negative: between floor and ceiling
     """
     policy = policy.resolved(evidence.auto_norms)
     open_names = let_out(policy, evidence.coordinates)

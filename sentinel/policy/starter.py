@@ -14,7 +14,8 @@ name = "{name}"
 
 # No [privacy] table: nothing formal is promised. Protection is measured, and reports say so.
 # [privacy]
-# unit = "site"              # whose presence is hidden; this version keeps no other promise
+# unit = "site"              # whose presence is hidden: the site's, a patient's or a record's; the
+#                            # last two need guard.private() in the loop (docs/private-training.md)
 # patients = 12000           # public size of the cohort; limits.min_patients is compared with it
 # epsilon = 8.0              # for the life of the ledger
 # delta = 1e-6               # less than 1 / patients

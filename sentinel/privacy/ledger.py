@@ -24,10 +24,15 @@ from typing import TYPE_CHECKING
 from sentinel.durable import open_private
 from sentinel.errors import Withheld
 from sentinel.privacy.accounting import total, weigh
-from sentinel.privacy.events import UnboundedEvent, event_from_json, event_to_json
+from sentinel.privacy.events import (
+    DpSgdEvent,
+    UnboundedEvent,
+    event_from_json,
+    event_to_json,
+)
 from sentinel.privacy.mechanisms import covers
 from sentinel.privacy.tally import Tally
-from sentinel.terms import GENESIS, SMALLEST_NOISE_MULTIPLIER, Reason
+from sentinel.terms import GENESIS, SMALLEST_NOISE_MULTIPLIER, Reason, Unit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -201,11 +206,18 @@ class Ledger:
         return head
 
     def require_budget(
-        self, dataset: str, event: PromisedEvent | UnboundedEvent, promise: Promise
+        self,
+        dataset: str,
+        event: PromisedEvent | UnboundedEvent,
+        promise: Promise,
+        what: str | None = None,
     ) -> None:
-        """Raise what `charge` would raise for the budget now; nothing is written."""
+        """Raise what `charge` would raise for the budget now; nothing is written.
+
+        `what` names the event in the message, where its asker knows more than the event says.
+        """
         with self._connection() as db:
-            _require_budget(self._counted(db, dataset), event, promise)
+            _require_budget(self._counted(db, dataset), event, promise, what)
 
     def counted(self, dataset: str) -> dict[PromisedEvent | UnboundedEvent, int]:
         """Each event on `dataset`, and how often it was charged."""
@@ -374,17 +386,30 @@ def _require_budget(
     counted: Mapping[PromisedEvent | UnboundedEvent, int],
     event: PromisedEvent | UnboundedEvent,
     promise: Promise,
+    what: str | None = None,
 ) -> None:
     _require_countable(event, promise)
     spent = weigh({**counted, event: counted.get(event, 0) + 1}, promise)
     if not spent.epsilon <= promise.epsilon:
         raise Withheld(
             Reason.BUDGET_EXHAUSTED,
-            f"One more release would spend epsilon {spent.epsilon:.3g} of {promise.epsilon:.3g} "
-            f"(delta {promise.delta:g}, unit {promise.unit}, adjacency {promise.adjacency}, "
-            f"{spent.accountant}); the budget holds for the life of the ledger. See `sentinel "
-            "budget show --policy FILE`.",
+            f"{what or _named(event)} would spend epsilon {spent.epsilon:.3g} of "
+            f"{promise.epsilon:.3g} (delta {promise.delta:g}, unit {promise.unit}, adjacency "
+            f"{promise.adjacency}, {_claimed(promise.unit)}{spent.accountant}); the budget holds "
+            "for the life of the ledger. See `sentinel budget show --policy FILE`.",
         )
+
+
+def _named(event: PromisedEvent | UnboundedEvent) -> str:
+    """What an event is, in words."""
+    if not isinstance(event, DpSgdEvent):
+        return "One more release"
+    return "One more private step" if event.steps == 1 else f"A round of {event.steps:,} steps"
+
+
+def _claimed(unit: Unit) -> str:
+    """Who answers for an epsilon per patient or record: the training process, which draws noise."""
+    return "" if unit is Unit.SITE else "claimed by the training process, "
 
 
 def _require_countable(event: PromisedEvent | UnboundedEvent, promise: Promise) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,16 +13,18 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from sentinel import MisuseError, Withheld
+from sentinel.audit import read_log
 from sentinel.dpsgd.quantile import Quantile
 from sentinel.house import promise_of
 from sentinel.mechanism import slack
-from sentinel.privacy import Charge, Head
+from sentinel.privacy import Charge, Head, weigh
 from sentinel.terms import GENESIS, Reason
 
 from .conftest import Clipper
 from .test_training import IDS, Site, make, mlp, withheld
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 FOLLOWS = "adaptive_clip = { quantile = 0.5, floor = 0.001, ceiling = 100.0 }"
@@ -112,6 +115,164 @@ def test_an_unpaid_epoch_is_refused_before_its_first_batch_whatever_was_trained(
     assert caught.value.reason is Reason.BUDGET_EXHAUSTED
     assert done > len(site.loader)
     assert done % len(site.loader) == 0
+
+
+def test_an_unpaid_epoch_says_its_steps_how_many_still_fit_and_who_claims_the_epsilon(
+    tmp_path,
+) -> None:
+    """As many as the ledger allows, and not one more."""
+    site = Site(tmp_path, epsilon=3.5)
+    site.wrap()
+    with site.round(), pytest.raises(Withheld) as caught:  # noqa: PT012 - a loop fails in it
+        while True:
+            site.train(len(site.loader))
+    said = re.match(
+        r"One more epoch \(10 private steps after (\d+) in this round; (\d+) still fit\) would "
+        r"spend epsilon [\d.]+ of 3\.5 \(.*unit record.*, claimed by the training process, ",
+        str(caught.value),
+    )
+    assert said is not None, str(caught.value)
+    taken, fit = int(said[1]), int(said[2])
+    assert taken == site.training.steps
+    promise = promise_of(site.guard.policy.policy)
+    assert promise is not None
+    event = site.training._allowance.event
+
+    def spent(steps: int) -> float:
+        return weigh({event(steps): 1}, promise).epsilon
+
+    assert 0 <= fit < 10
+    assert spent(taken + fit) <= 3.5 < spent(taken + fit + 1)
+
+
+def test_steps_that_others_spent_meanwhile_are_not_told_as_fitting(tmp_path) -> None:
+    site = Site(tmp_path, epsilon=8.0)
+    site.wrap()
+    with site.round():
+        for _ in range(2):
+            site.train(len(site.loader))
+        spend_until_only(site, 1, 20)
+        with pytest.raises(Withheld, match="after 20 in this round; 0 still fit"):
+            site.train(1)
+
+
+def test_an_epoch_of_very_many_steps_is_refused_without_counting_what_fits(tmp_path) -> None:
+    site = Site(tmp_path, epsilon=3.5)
+    site.wrap()
+    with (
+        site.round(),
+        pytest.raises(Withheld, match=r"\(6,000 private steps after 0 in this round\)"),
+    ):
+        site.training.require_epoch(6000)
+
+
+def logged(folder: Path) -> list[tuple[str, Reason | None]]:
+    """What the log says of each round since the guard started."""
+    entries = [entry.record for entry in read_log(folder / "site" / "audit")]
+    return [
+        (one.type, getattr(one, "reason", None)) for one in entries if one.type != "guard.started"
+    ]
+
+
+def exhaust(site: Site) -> None:
+    """Train until the budget does not pay for another epoch."""
+    while True:
+        site.train(len(site.loader))
+
+
+def tamper(site: Site) -> None:
+    """Change a parameter between two steps."""
+    site.train(1)
+    with torch.no_grad():
+        site.model[2].bias.add_(1.0)
+    site.train(1)
+
+
+REFUSED = [(exhaust, Reason.BUDGET_EXHAUSTED), (tamper, Reason.PROMISE_NOT_KEPT)]
+
+
+@pytest.mark.parametrize(("loop", "reason"), REFUSED)
+def test_a_refusal_that_ends_the_block_is_one_record_one_alert_and_one_exception(
+    tmp_path, capsys, loop: Callable[[Site], None], reason: Reason
+) -> None:
+    """All with the same reason; nothing was charged, and the round may be tried again."""
+    site = Site(tmp_path, epsilon=3.5)
+    site.wrap()
+    rnd = site.round()
+    with pytest.raises(Withheld) as caught, rnd:
+        loop(site)
+    assert caught.value.reason is reason
+    assert logged(tmp_path) == [("round.opened", None), ("update.withheld", reason)]
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1
+    assert f'event="update withheld" reason={reason} round=1' in told[0]
+    with pytest.raises(MisuseError, match="The round is withheld"):
+        rnd.release()
+    assert site.events == []
+    site.number -= 1
+    site.release(steps=2)
+    assert [event.steps for event in site.events] == [2]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("loop", "reason"), REFUSED)
+def test_a_refusal_is_told_where_the_log_cannot_be_written(
+    tmp_path, capsys, monkeypatch, loop: Callable[[Site], None], reason: Reason
+) -> None:
+    site = Site(tmp_path, epsilon=3.5)
+    site.wrap()
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(Withheld) as caught, site.round():  # noqa: PT012 - a loop fails in it
+        monkeypatch.setattr("sentinel.audit.log.os.write", full)
+        loop(site)
+    assert caught.value.reason is reason
+    assert capsys.readouterr().err.count(f"reason={reason} round=1") == 1
+
+
+def test_a_budget_that_ends_is_no_refusal_where_the_loop_catches_it_and_releases(
+    tmp_path, capsys
+) -> None:
+    site = Site(tmp_path, epsilon=3.5)
+    site.wrap()
+    with site.round() as rnd:
+        with pytest.raises(Withheld):
+            exhaust(site)
+        rnd.release()
+    assert [name for name, _ in logged(tmp_path)] == [
+        "round.opened",
+        "update.decided",
+        "update.released",
+    ]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("patient 4711"),
+        Withheld(Reason.NOT_FINITE, "of another round, for patient 4711"),
+        KeyboardInterrupt(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_of_the_loop_itself_is_an_abort_also_after_a_refusal_that_it_caught(
+    tmp_path, capsys, error: BaseException
+) -> None:
+    """No text of it is kept, and nobody is alerted."""
+    site = Site(tmp_path, epsilon=3.5)
+    site.wrap()
+    with pytest.raises(type(error)) as caught, site.round():  # noqa: PT012 - a loop fails in it
+        with pytest.raises(Withheld):
+            exhaust(site)
+        raise error
+    assert caught.value is error
+    assert logged(tmp_path) == [("round.opened", None), ("round.aborted", None)]
+    assert capsys.readouterr().err == ""
+    kept = b"".join(path.read_bytes() for path in (tmp_path / "site" / "audit").iterdir())
+    assert b"4711" not in kept
 
 
 def test_what_others_spend_between_two_rounds_is_not_paid_twice(tmp_path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from sentinel import MisuseError
+from sentinel import MisuseError, Withheld
 from sentinel.dpsgd.collate import ByUnit, UnitCollate
 
 from .test_training import IDS, Site
@@ -178,5 +178,5 @@ def test_a_data_set_that_drops_records_is_refused(tmp_path) -> None:
     site.wrap()
     with site.round() as rnd, pytest.raises(MisuseError, match="other rows than the records"):
         site.train(5)
-    with pytest.raises(Exception, match="not from private training alone"):
+    with pytest.raises(Withheld, match="not from private training alone"):
         rnd.release()

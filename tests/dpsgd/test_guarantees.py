@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 import sentinel
 from sentinel import MisuseError, Withheld
@@ -17,10 +18,11 @@ from sentinel.dpsgd.chain import Chain
 from sentinel.dpsgd.chance import Chance
 from sentinel.dpsgd.clipping import Rows, Whole, clip_and_add_, empty_sum
 from sentinel.dpsgd.losses import LossWatch
-from sentinel.terms import Adjacency
+from sentinel.house import promise_of
+from sentinel.terms import Adjacency, Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 POLICY = """
@@ -40,6 +42,19 @@ id = "all"
 """
 ROWS = TensorDataset(torch.ones(20, 3), torch.ones(20, 1))
 IDS = list(range(20))
+SEVERAL = [0] * 10 + [1] * 2 + list(range(2, 20))
+
+
+class Plain(Dataset):
+    """Of record i, a row that says i; not a TensorDataset."""
+
+    def __len__(self) -> int:
+        """Ten records of patient 0, two of patient 1, one of every other."""
+        return len(SEVERAL)
+
+    def __getitem__(self, row: int) -> Any:
+        """Its number, thrice, and a target."""
+        return torch.full((3,), float(row)), torch.ones(1)
 
 
 class Odd(Dataset):
@@ -54,12 +69,17 @@ class Odd(Dataset):
         return torch.ones(3), object()
 
 
+def guard_of(folder: Path, text: str = POLICY) -> sentinel.Guard:
+    folder.mkdir(exist_ok=True)
+    path = folder / "policy.toml"
+    path.write_text(text)
+    path.chmod(0o600)
+    return sentinel.Guard(path, folder / "site")
+
+
 @pytest.fixture
 def guard(tmp_path: Path) -> sentinel.Guard:
-    path = tmp_path / "policy.toml"
-    path.write_text(POLICY)
-    path.chmod(0o600)
-    return sentinel.Guard(path, tmp_path / "site")
+    return guard_of(tmp_path)
 
 
 def traces(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Any]:
@@ -227,3 +247,72 @@ def test_losses_without_a_mean_over_weights_pass(loss: nn.Module, target: torch.
     with pytest.raises(MisuseError, match="reduction"):
         watch.require_plain()
     watch.end()
+
+
+def list_collate(records: list[Any]) -> Any:
+    """A function of the loop's own."""
+    return default_collate(records)
+
+
+def table() -> TensorDataset:
+    plain = Plain()
+    rows, targets = zip(*(plain[row] for row in range(len(plain))), strict=True)
+    return TensorDataset(torch.stack(rows), torch.stack(targets))
+
+
+@pytest.mark.parametrize("collate", [None, list_collate])
+@pytest.mark.parametrize("make", [table, Plain])
+def test_a_loader_gives_as_many_records_of_a_patient_as_the_cap_allows(
+    tmp_path: Path, make: Callable[[], Dataset], collate: Callable[..., Any] | None
+) -> None:
+    """Everybody is in a full batch: four of the ten, and all of those who have no more."""
+    guard = guard_of(tmp_path, POLICY.replace("batch = 4", "batch = 20"))
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    given = DataLoader(make(), collate_fn=collate)
+    model, optimizer, loader = guard.private(model, optimizer, given, patients=SEVERAL)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    batches = []
+    with guard.round(1, start, model):
+        for inputs, targets in loader:
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(inputs), targets).backward()
+            optimizer.step()
+            batches.append(inputs[:, 0].int().tolist())
+    (rows,) = batches
+    assert len(set(rows)) == len(rows)
+    assert Counter(SEVERAL[row] for row in rows) == {**dict.fromkeys(range(20), 1), 0: 4, 1: 2}
+    assert guard._private[model].left_out == 6
+
+
+def round_by_round(guard: sentinel.Guard, *, anew: bool) -> Iterator[float]:
+    """What is spent after each round; made private `anew` for each, or once."""
+    house = guard._door.house
+    promise = promise_of(house.rules)
+    model, made = nn.Linear(3, 1), None
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    for number in range(100):
+        if made is None or anew:
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+            made = guard.private(model, optimizer, DataLoader(ROWS), patients=IDS)
+        with guard.round(number, state, model) as rnd:
+            for inputs, targets in made[2]:
+                made[1].zero_grad()
+                nn.functional.mse_loss(model(inputs), targets).backward()
+                made[1].step()
+        state = rnd.release()
+        yield house.ledger.spent(house.rules.dataset, promise, tight=True).epsilon
+
+
+def test_a_model_that_is_made_private_again_spends_the_same_budget_on(tmp_path: Path) -> None:
+    """As much and as often as one that was made private once."""
+    text = POLICY.replace("epsilon = 50.0", "epsilon = 5.0")
+    spent: dict[bool, list[float]] = {True: [], False: []}
+    for anew, figures in spent.items():
+        guard = guard_of(tmp_path / str(anew), text)
+        with pytest.raises(Withheld) as caught:
+            figures.extend(round_by_round(guard, anew=anew))
+        assert caught.value.reason is Reason.BUDGET_EXHAUSTED
+    assert spent[True] == spent[False]
+    first, *_, last = spent[True]
+    assert first < last <= 5.0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import uuid
 from collections import Counter
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -31,6 +33,9 @@ IDS = ["c", "a", "b", "a", "c", "a"]
         torch.tensor([3, 1, 2, 1, 3, 1]),
         list(torch.tensor([3, 1, 2, 1, 3, 1])),
         [(x, 1) for x in IDS],
+        [x.encode() for x in IDS],
+        [uuid.UUID(int=ord(x)) for x in IDS],
+        np.array(IDS, dtype=object),
     ],
     ids=lambda ids: f"{type(ids).__name__} of {type(ids[0]).__name__}",
 )
@@ -56,13 +61,39 @@ def test_records_are_grouped_by_any_kind_of_id(ids) -> None:
         ({0: "a", 1: "a", 2: "b"}.values(), "is a dict_values"),
         ({"a", "b", "c"}, "is a set"),
         ([[1], [2], [3]], "can be compared"),
+        ([0.5, 1.5, 2.5], "decimal numbers and booleans are none"),
+        ([1.0, 2.0, 3.0], "whole numbers or texts"),
+        (list(torch.tensor([0.5, 1.5, 2.5])), "decimal numbers"),
+        ([np.float32(0.1), np.float32(0.2), np.float32(0.1)], "decimal numbers"),
+        ([1j, 2j, 1j], "can be compared"),
+        ([True, False, True], "booleans are none"),
+        (list(np.array([True, False, True])), "booleans are none"),
+        (torch.tensor([True, False, True]), "whole numbers or texts"),
+        ([b"a", b"b", b""], "without an id"),
+        ([("a", 1), ("b", None), ("a", 1)], "without an id"),
+        ([("a", 1.5), ("b", 2.5), ("a", 1.5)], "decimal numbers"),
+        (list(torch.ones(3, 2)), "can be compared"),
+        (list(np.ones((3, 2))), "can be compared"),
+        ([object(), object(), object()], "can be compared"),
+        ([71, "71", 72], "several types"),
+        (["71", 71, 72], "several types"),
+        ([b"71", "71", "72"], "several types"),
+        ([("71", 1), (71, 1), (71, 1)], "several types"),
+        ([71, Decimal(71), 72], "several types"),
+        (np.array([71, "71", 72], dtype=object), "several types"),
         (np.zeros((3, 1)), "one-dimensional"),
         (np.array([0.5, 1.5, 2.5]), "whole numbers or texts"),
     ],
 )
 def test_ids_that_do_not_say_whose_a_record_is_are_refused(ids, word) -> None:
-    with pytest.raises(MisuseError, match=word):
+    with pytest.raises(MisuseError, match=word) as caught:
         Units.grouped(ids, 3, cap=16)
+    assert "71" not in str(caught.value)
+
+
+def test_whole_numbers_of_any_width_are_one_type() -> None:
+    ids = [1, np.int64(1), np.uint8(1), torch.tensor(1), 2]
+    assert len(Units.grouped(ids, 5, cap=16)) == 2
 
 
 def test_an_id_is_in_no_message() -> None:

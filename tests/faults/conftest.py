@@ -49,7 +49,24 @@ max_norm = 0.5
 noise_ratio = 1.0
 """,
 }
-_SHIFTS = itertools.count(1)  # every life has a local state of its own
+POLICIES |= {
+    unit: f"""
+schema = 1
+name = "{unit}"
+[privacy]
+unit = "{unit}"
+patients = 24
+batch = 12
+epsilon = 1000.0
+delta = 1e-5
+clip_norm = 0.5
+noise_multiplier = 20.0
+[[rule]]
+id = "baseline"
+"""
+    for unit in ("patient", "record")
+}
+_LIVES = itertools.count(1)  # every life has a local state of its own
 
 
 class Host:
@@ -63,6 +80,7 @@ class Host:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},  # else backward() dies in a fork
         )
         self.traced: bool = self._answer()["traced"]
 
@@ -93,6 +111,8 @@ class Site:
     Attributes:
         folder: of the policy file; the state is kept there too where `state` names no other place.
         sent: round number -> digest of what `release` returned.
+        took: round number -> private steps that lives took in it, each life its own number.
+        behind: round number -> private steps behind what was sent, where the life lived to say so.
         withheld: reasons that lives were told.
     """
 
@@ -101,6 +121,8 @@ class Site:
     policy: str
     state: Path | None = None
     sent: dict[int, str] = field(default_factory=dict)
+    took: dict[int, set[int]] = field(default_factory=dict)
+    behind: dict[int, int] = field(default_factory=dict)
     withheld: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -126,49 +148,71 @@ class Site:
         return found
 
     def must_be_sound(self, rounds: list[int]) -> None:
-        """Ask for every round again, with another local state.
+        """Ask for every round again, with another local state: of another training, if private.
 
         What was sent is given again, byte for byte; what was not is released now. Ledger and log
-        verify, and name a charge before each release. No draft stays for longer than an hour.
+        verify, and name a charge before each release: for the steps behind it, where training is
+        private. No draft stays for longer than an hour.
         """
         (seen,) = self.host.ask(do="run", orders=[self._order("aftermath", rounds, 1)])
-        (word, found) = seen["told"][-1]
+        (*told, (word, found)) = seen["told"]
         assert (seen["status"], word) == (0, "found"), seen
+        self._hear(told)
         assert found["uncharged"] == found["torn"] == found["strays"] == 0
-        assert self.sent.keys() & set(rounds) <= set(found["charged"])
-        for text, (digest, more) in found["answers"].items():
+        for text, (digest, more, steps) in found["answers"].items():
             number = int(text)
             if digest is None:  # another round took its place on disk
                 assert (self.policy, more) == ("pruning", "round-closed"), (number, more)
-                assert any(other for other, _ in found["answers"].values())
+                assert any(other for other, *_ in found["answers"].values())
             elif number in self.sent:
                 assert (digest, more) == (self.sent[number], True), number
-            self._note(number, digest)
+            self._note(number, digest, None if more else steps)
+        for text, charged in found["charged"].items():
+            self._must_be_charged(int(text), charged)
+
+    def _must_be_charged(self, number: int, charged: list[int]) -> None:
+        """What was sent has a charge for its steps, and every charge is for steps that were taken.
+
+        Steps are 0 where training is not private.
+        """
+        assert charged or number not in self.sent, number
+        assert self.behind.get(number) in {None, *charged}, number
+        assert self.took.get(number, {0}) >= set(charged), number
 
     def _order(self, what: str, rounds: list[int], tries: int) -> dict[str, Any]:
+        life = next(_LIVES)
         return {
             "do": what,
             "policy": str(self.folder / "policy.toml"),
             "site": str(self.state),
             "rounds": rounds,
             "tries": tries,
-            "shift": 0.01 * next(_SHIFTS),
+            "shift": 0.01 * life,
+            "epochs": 1 + life % 3,
         }
 
     def _learn(self, seen: dict[str, Any]) -> None:
         """Hear what a life said before its end; a life may withhold or be killed, never crash."""
         killed = os.WIFSIGNALED(seen["status"]) and os.WTERMSIG(seen["status"]) == signal.SIGKILL
         assert killed or seen["status"] == 0, seen
-        for word, *rest in seen["told"]:
-            assert word in {"sent", "withheld", "no-guard"}, seen
+        self._hear(seen["told"])
+
+    def _hear(self, told: list[list[Any]]) -> None:
+        for word, *rest in told:
+            assert word in {"sent", "took", "withheld", "no-guard"}, told
             if word == "sent":
                 self._note(*rest)
+            elif word == "took":
+                number, steps = rest
+                self.took.setdefault(number, set()).add(steps)
             else:
                 self.withheld.append(rest[-1])
 
-    def _note(self, number: int, digest: str | None) -> None:
+    def _note(self, number: int, digest: str | None, steps: int | None) -> None:
         if digest is not None:
             assert self.sent.setdefault(number, digest) == digest, f"round {number} was sent twice"
+            if steps is not None:
+                self.behind[number] = steps
 
 
 @pytest.fixture(scope="session")
@@ -183,6 +227,13 @@ def new_site(host: Host, tmp_path: Path) -> Callable[[str], Site]:
     """Makes fresh sites."""
     places = itertools.count()
     return lambda policy: Site(host, tmp_path / f"site-{next(places)}", policy)
+
+
+@pytest.fixture(scope="session")
+def warm_for_private(host: Host) -> None:
+    """The warm process knows private training as well."""
+    for unit in ("patient", "record"):
+        host.ask(do="warm", policy=POLICIES[unit])
 
 
 @pytest.fixture

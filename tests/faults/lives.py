@@ -21,18 +21,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from private import PrivateLoop, is_private
 from tracing import Fault, Trace, available, run_traced
 
 import sentinel
 from sentinel.audit import UpdateReleased, UpdateReplayed, read_log, verify_log
 from sentinel.durable import remove_drafts
 from sentinel.errors import Withheld
+from sentinel.privacy import DpSgdEvent
 from sentinel.releases import RoundKey
 from sentinel.state import StateFolder
 from sentinel.update import model_digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from sentinel.privacy import Event
+    from sentinel.round import Round
+    from sentinel.update import State
+
+    Say = Callable[..., None]
 
 START = {"w.weight": torch.zeros(40, 30), "w.bias": torch.zeros(40), "w.steps": torch.tensor(3)}
 WARM = """
@@ -62,40 +70,55 @@ def digest_of(number: int) -> str:
     return RoundKey("default", "default", number).digest
 
 
-def live(order: dict[str, Any], say: Callable[..., None]) -> None:
+class Loop:
+    """Gives out rounds as the policy asks for: privately trained, or of a local state."""
+
+    def __init__(self, guard: sentinel.Guard, order: dict[str, Any], say: Say) -> None:
+        """Make training private where it has to be."""
+        self._guard, self._order, self._say = guard, order, say
+        self._private = PrivateLoop(guard, order["shift"]) if is_private(guard) else None
+
+    def release(self, number: int) -> tuple[State, Round, int]:
+        """What left, its round, and the private steps that were taken in it."""
+        if self._private is not None:
+            return self._private.release(number, self._order["epochs"], self._say)
+        with self._guard.round(number, START) as rnd:
+            pass
+        return rnd.release(local(self._order["shift"])), rnd, 0
+
+
+def live(order: dict[str, Any], say: Say) -> None:
     """Open the state and release the rounds, trying each again where it was withheld."""
-    guard = None
+    loop = None
     for _ in range(order["tries"]):
         try:
             guard = sentinel.Guard(order["policy"], order["site"], alerts=io.StringIO())
+            loop = Loop(guard, order, say)
             break
         except Withheld as error:
             say("no-guard", error.reason)
-    for number in order["rounds"] if guard is not None else ():
+    for number in order["rounds"] if loop is not None else ():
         for _ in range(order["tries"]):
             try:
-                with guard.round(number, START) as rnd:
-                    pass
-                state = rnd.release(local(order["shift"]))
+                state, rnd, steps = loop.release(number)
             except Withheld as error:
                 say("withheld", number, error.reason)
             else:
-                say("sent", number, model_digest(state))
+                say("sent", number, model_digest(state), None if rnd.replayed else steps)
                 break
 
 
-def aftermath(order: dict[str, Any]) -> dict[str, Any]:
+def aftermath(order: dict[str, Any], say: Say) -> dict[str, Any]:
     """Ask for every round again, with another local state, and look at ledger and log."""
     guard = sentinel.Guard(order["policy"], order["site"], alerts=io.StringIO())
+    loop = Loop(guard, order, say)
     answers: dict[int, list[Any]] = {}
     for number in order["rounds"]:
         try:
-            with guard.round(number, START) as rnd:
-                pass
-            state = rnd.release(local(order["shift"]))
-            answers[number] = [model_digest(state), rnd.replayed]
+            state, rnd, steps = loop.release(number)
+            answers[number] = [model_digest(state), rnd.replayed, steps]
         except Withheld as error:
-            answers[number] = [None, error.reason]
+            answers[number] = [None, error.reason, 0]
     state = StateFolder(order["site"])
     rows = state.ledger.rows()
     state.ledger.verify()
@@ -118,8 +141,16 @@ def aftermath(order: dict[str, Any]) -> dict[str, Any]:
         "strays": strays,
         "uncharged": early,
         "torn": sum(len(digests) > 1 for digests in given.values()),
-        "charged": [number for number in order["rounds"] if digest_of(number) in charged],
+        "charged": {
+            number: [steps_of(row.event) for row in rows if row.round == digest_of(number)]
+            for number in order["rounds"]
+        },
     }
+
+
+def steps_of(event: Event) -> int:
+    """Private steps that an event is the charge for."""
+    return event.steps if isinstance(event, DpSgdEvent) else 0
 
 
 def life(order: dict[str, Any], pipe: int) -> None:
@@ -135,7 +166,7 @@ def life(order: dict[str, Any], pipe: int) -> None:
         if order["do"] == "live":
             live(order, say)
         else:
-            say("found", aftermath(order))
+            say("found", aftermath(order, say))
     except BaseException as error:  # noqa: BLE001 - the only way to see it from outside
         say("crash", traceback.format_exception(error)[-3:])
         os._exit(1)
@@ -211,17 +242,15 @@ def empty(order: dict[str, Any]) -> None:
 DISK = {"mount": mount, "unmount": unmount, "fill": fill, "empty": empty}
 
 
-def warm_up() -> None:
+def warm_up(text: str) -> None:
     """Load detectors, accountants and kernels once, so that a life takes milliseconds."""
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         policy = Path(folder) / "policy.toml"
-        policy.write_text(WARM)
+        policy.write_text(text)
         policy.chmod(0o600)
         guard = sentinel.Guard(policy, Path(folder) / "site", alerts=io.StringIO())
-        with guard.round(0, START) as rnd:
-            pass
-        rnd.release(local(1.0))
+        loop = Loop(guard, {"shift": 1.0, "epochs": 1}, lambda *_: None)
+        loop.release(0)
 
 
 def reply(answer: object) -> None:
@@ -232,7 +261,8 @@ def reply(answer: object) -> None:
 
 def main() -> None:
     """Answer orders until the input ends."""
-    warm_up()
+    torch.set_num_threads(1)
+    warm_up(WARM)
     reply({"traced": available()})
     for line in sys.stdin:
         order = json.loads(line)
@@ -240,6 +270,8 @@ def main() -> None:
             answer: Any = DISK[order["do"]](order)
         elif "fault" in order:
             answer = run_with_fault(order)
+        elif order["do"] == "warm":
+            answer = warm_up(order["policy"])
         else:
             answer = run(order["orders"])
         reply(answer)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 ROUNDS = [0, 1, 2]
 KINDS = ["noisy", "promise", "pruning"]
+PRIVATE = ["patient", "record"]
 
 
 def killed_at(place: int, site: Site) -> bool:
@@ -76,32 +77,41 @@ def test_killed_again_while_it_recovers(kind: str, new_site: Callable[[str], Sit
         site.must_be_sound([*ROUNDS, 3])
 
 
-def killed_at_random(new_site: Callable[[str], Site], kills: int, together: int) -> None:
-    """Lives on one site until there were so many kills, `together` at a time on the same rounds."""
+def killed_at_random(
+    site: Site, kills: int, together: int, *, within: float = 0.12, each: int = 4
+) -> None:
+    """Lives on one site until there were so many kills, `together` at a time on the same rounds.
+
+    Each has `each` rounds before it, and is killed at some instant `within` so many seconds.
+    """
     chance = random.Random()  # noqa: S311 - another choice in every run
     done = first = 0
-    site = new_site(chance.choice(["noisy", "promise"]))
     while done < kills:
-        rounds = list(range(first, first + 4))
-        lives = [{"kill_after": chance.uniform(0.0, 0.12)} for _ in range(together)]
+        rounds = list(range(first, first + each))
+        lives = [{"kill_after": chance.uniform(0.0, within)} for _ in range(together)]
         ends = site.live_together(rounds, *lives)
         done += sum(os.WIFSIGNALED(end["status"]) for end in ends)
         site.must_be_sound(rounds)
-        first += 2  # two of the rounds come again
+        first += 2  # the rounds after these two come again
+
+
+def one_of(kinds: list[str]) -> str:
+    """Another kind in every run."""
+    return random.Random().choice(kinds)  # noqa: S311 - as it says
 
 
 def test_killed_at_fifteen_random_instants(new_site: Callable[[str], Site]) -> None:
-    killed_at_random(new_site, 15, together=1)
+    killed_at_random(new_site(one_of(["noisy", "promise"])), 15, together=1)
 
 
 def test_two_processes_on_one_folder_killed_at_random_instants(new_site) -> None:
-    killed_at_random(new_site, 8, together=2)
+    killed_at_random(new_site(one_of(["noisy", "promise"])), 8, together=2)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("together", [1, 2, 3])
 def test_killed_at_two_hundred_random_instants(together: int, new_site) -> None:
-    killed_at_random(new_site, 200, together)
+    killed_at_random(new_site(one_of(["noisy", "promise"])), 200, together)
 
 
 def test_a_process_goes_on_where_another_on_the_same_rounds_is_killed(new_site) -> None:
@@ -112,3 +122,39 @@ def test_a_process_goes_on_where_another_on_the_same_rounds_is_killed(new_site) 
         assert whole["status"] == 0
         assert [word for word, *_ in whole["told"]] == ["sent"] * 3
         site.must_be_sound(rounds)
+
+
+@pytest.mark.usefixtures("traced", "warm_for_private")
+@pytest.mark.parametrize("kind", PRIVATE)
+def test_private_training_killed_before_some_file_operations(kind: str, new_site) -> None:
+    """Asked again, the life trains anew, for other steps: the release is given without a look."""
+    total = operations(new_site(kind))
+    chance = random.Random()  # noqa: S311 - another choice in every run
+    killed = [killed_at(place, new_site(kind)) for place in chance.sample(range(total), 3)]
+    assert sum(killed) >= 2  # lives differ by an operation or two
+
+
+@pytest.mark.usefixtures("warm_for_private")
+@pytest.mark.parametrize("together", [1, 2])
+def test_private_training_killed_at_random_instants(together: int, new_site) -> None:
+    killed_at_random(new_site(one_of(PRIVATE)), 5 * together, together, within=0.2, each=3)
+
+
+@pytest.mark.soak
+@pytest.mark.usefixtures("traced", "warm_for_private")
+@pytest.mark.parametrize("kind", PRIVATE)
+def test_private_training_killed_before_every_file_operation(kind: str, new_site) -> None:
+    total = operations(new_site(kind))
+    killed = [killed_at(place, new_site(kind)) for place in range(total)]
+    assert total > 150
+    assert sum(killed) > 0.95 * total  # lives differ by an operation or two
+
+
+@pytest.mark.soak
+@pytest.mark.usefixtures("warm_for_private")
+@pytest.mark.parametrize("kind", PRIVATE)
+@pytest.mark.parametrize("together", [1, 2])
+def test_private_training_killed_at_two_hundred_random_instants(
+    kind: str, together: int, new_site
+) -> None:
+    killed_at_random(new_site(kind), 200, together, within=0.2, each=3)

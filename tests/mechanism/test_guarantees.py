@@ -18,6 +18,7 @@ from sentinel.mechanism import (
     grid_step,
     prepare,
     rounding_reach,
+    transform,
     treat_all,
 )
 from sentinel.source import Held
@@ -260,3 +261,20 @@ def test_a_name_without_a_recipe_is_not_read(fixed_entropy) -> None:
     source = Held({"w": torch.ones(3), "other": torch.full((3,), math.nan)})
     made, squares = treat_all(source, {"w": Recipe()}, fixed_entropy(0))
     assert list(made) == list(squares) == ["w"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_of_a_tensor_without_a_recipe_nothing_leaves_in_either_form(fixed_entropy, dtype) -> None:
+    """Not even noise: the global model's bits as weights, zeros as a delta."""
+    base = {name: torch.linspace(-1, 1, 5).to(dtype) for name in ("goes", "stays")}
+    local = {name: value + 1 for name, value in base.items()}
+    treatments = {"goes": Treatment(noise_std=0.5), "stays": Treatment(Action.WITHHOLD)}
+    plan = Plan(Action.RELEASE, treatments, (NormBound(frozenset(base), 1.0),), ())
+    for kind, unchanged in (("weights", base["stays"]), ("delta", torch.zeros(5, dtype=dtype))):
+        update = Update.from_states(base, local)
+        prepared = prepare(update, plan, base_std=0.0)
+        assert set(prepared.recipes) == {"goes"}
+        out = transform(update, prepared, kind=kind, entropy=fixed_entropy(3))
+        assert torch.equal(out["stays"], unchanged)
+        assert out["stays"].data_ptr() not in (base["stays"].data_ptr(), local["stays"].data_ptr())
+        assert not torch.equal(out["goes"], base["goes"] if kind == "weights" else unchanged)

@@ -134,7 +134,9 @@ def test_names_that_never_leave_change_nothing_else() -> None:
 def test_an_update_of_no_coordinates_is_decided() -> None:
     policy = policy_of({"max_norm": 1.0, "noise_ratio": 1.0})
     assert decide(policy, evidence_of({})).action is Action.WITHHOLD
-    assert math.isfinite(decide(policy, evidence_of({"a": 0})).treatments["a"].noise_std)
+    empty = decide(policy, evidence_of({"a": 0}))
+    assert empty.action is empty.treatments["a"].action is Action.RELEASE
+    assert math.isfinite(empty.treatments["a"].noise_std)
 
 
 def test_a_round_is_refused_by_the_global_model_alone() -> None:
@@ -162,6 +164,19 @@ def test_globs_that_match_nothing_are_named_with_their_rule() -> None:
     assert unmatched(policy, ["a", "b"]) == (("r1", "b.*"), ("r2", "c"))
     assert unmatched(policy, ["a", "b.x", "c"]) == ()
     assert unmatched(policy_of({}), []) == ()
+
+
+def test_what_one_rule_lets_out_another_may_withhold_and_each_name_is_decided_by_itself() -> None:
+    policy = policy_of(
+        {"match": ["a", "b.*"]},
+        {"match": ["b.x"], "action": "withhold"},
+        {"match": ["c"], "when": {"suspicion": 0.0}, "keep": 0.5},
+    )
+    names = ["a", "b.x", "b.y", "c", "d"]
+    assert let_out(policy, names) == {"a", "b.y"}
+    assert let_out(policy, []) == frozenset()
+    for name in names:
+        assert let_out(policy, [name]) == let_out(policy, names) & {name}
 
 
 # By property.
