@@ -120,8 +120,10 @@ def treat_each(
     """
     work = [(block, entropy.branch()) for block in source.blocks(recipes)]
 
+    most = max((sum(span.stop - span.start for span in spans) for spans, _ in work), default=0)
+
     def start() -> Callable[[tuple[list[Span], Entropy]], list[tuple[str, Taken]]]:
-        workspaces = {at: Workspace(at) for at in set(map(source.device, recipes))}
+        workspaces = {at: Workspace(at, most) for at in set(map(source.device, recipes))}
 
         def treat(task: tuple[list[Span], Entropy]) -> list[tuple[str, Taken]]:
             spans, branch = task

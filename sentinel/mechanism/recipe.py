@@ -83,9 +83,10 @@ class Workspace:
         pass, but halves would be rounded by whether k is even.)
     """
 
-    def __init__(self, device: torch.device) -> None:
-        """Make the buffers."""
-        self._drawer = Drawer(CHUNK)
+    def __init__(self, device: torch.device, values: int = CHUNK) -> None:
+        """Make the buffers, for as many values as are treated in all: no more than `CHUNK`."""
+        self._room = min(CHUNK, values)
+        self._drawer = Drawer(self._room)
         self._wide = torch.from_numpy(self._drawer.scratch).to(device)
         self._bias = torch.empty((), dtype=torch.float64, device=device)
 
@@ -120,7 +121,7 @@ class Workspace:
         """(noise in whole steps - BIAS) * step, float64 (values,); small tensors share a draw."""
         tables, count = RoundedNormal.of(recipe.std / recipe.step), like.numel()
         if self._drawn_for != (tables, recipe.step) or self._drawn.numel() < count:
-            at_once = min(CHUNK, max(count, self._expected))
+            at_once = min(self._room, max(count, self._expected))
             self._drawn = self._drawer.draw(tables, at_once, recipe.step)
             self._drawn_for = tables, recipe.step
         drawn, self._drawn = self._drawn[:count], self._drawn[count:]

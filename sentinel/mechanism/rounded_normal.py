@@ -155,7 +155,7 @@ class Drawer:
         """Make the buffers."""
         self.scratch = np.empty(room)
         self._words = np.empty(room, np.int64)
-        self._views = _Views(self._words, self.scratch, room)
+        self._views: _Views | None = None
 
     def begin(self, entropy: Entropy, values: int) -> None:
         """Draw from `entropy` for the next so many values, and nothing drawn ahead from another."""
@@ -170,7 +170,7 @@ class Drawer:
         as a signed whole number, and the shift that drops the bits below the w used ones leaves
         cell * 2^w + the w bits.
         """
-        if count != self._views.count:
+        if self._views is None or self._views.count != count:
             self._views = _Views(self._words, self.scratch, count)
         at = self._views
         self._entropy.fill(at.words.data)
