@@ -15,7 +15,7 @@ import torch
 from sentinel.crew import BLOCK, blocks, few_threads, one_thread, share_out
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 
 @pytest.fixture(autouse=True)
@@ -153,6 +153,15 @@ def test_blocks_cover_every_value_once_and_hold_no_more_than_their_room() -> Non
         assert sum(s.stop - s.start for block in cut for s in block if s.name == name) == size
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Interrupts are raised, also where the tests run behind a shell that ignores them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_is_raised_once_nothing_works_any_more() -> None:
     done: list[int] = []
 
