@@ -118,10 +118,10 @@ def test_a_block_that_raises_on_one_rank_aborts_the_round_on_all(
 
 
 def test_no_text_of_an_error_crosses_ranks_or_is_written(ended: Ended, folder: Path) -> None:
-    assert all("4711" not in str(rank) for rank in ended["a_block_raises", 1, False])
+    assert all("of the loader" not in str(rank) for rank in ended["a_block_raises", 1, False])
     files = [path for path in folder.rglob("state/**/*") if path.is_file()]
     assert files
-    assert all(b"4711" not in path.read_bytes() for path in files)
+    assert all(b"of the loader" not in path.read_bytes() for path in files)
 
 
 def test_a_refused_global_model_is_refused_on_all_ranks_and_loaded_on_none(ended: Ended) -> None:
