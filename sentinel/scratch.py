@@ -37,7 +37,9 @@ def rooms_for(size: int, folder: Path) -> Rooms:
     Raises:
         Withheld: STORAGE_FAILED where the disk has no room for them.
     """
-    return room if 2 * size <= free() else Scratch(folder, size)
+    if size < LARGE or 2 * size <= free():  # what is small is in memory either way
+        return room
+    return Scratch(folder, size)
 
 
 class Scratch:

@@ -204,10 +204,7 @@ class Differences(Source):
         return {name: _finite_sum(name, squares) for name, squares in parts.items()}
 
     def _square(self, span: Span) -> float:
-        square = torch.zeros((), dtype=torch.float64, device=self.device(span.name))
-        for wide in self._computed(span):
-            square += torch.dot(wide, wide)
-        return float(square)
+        return float(sum(torch.dot(wide, wide) for wide in self._computed(span)))
 
 
 class Desk:

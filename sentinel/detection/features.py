@@ -221,12 +221,14 @@ class _Draws:
         self._next = 0
 
     def draw(self, number: int, columns: Sequence[int]) -> list[Tensor]:
-        """Directions for the rows of matrices of so many columns, [columns, `SKETCH`] each."""
+        """Directions for the rows of matrices of so many columns, [columns, `SKETCH`] each.
+
+        The next window waits until this one is `done`.
+        """
         with self._turn:
             self._turn.wait_for(lambda: self._next >= number)
             # The same numbers as one draw after the other: each is of a multiple of 16 values.
             drawn = torch.randn(sum(columns) * SKETCH, generator=self._generator, device="cpu")
-        self.done(number)
         drawn /= math.sqrt(SKETCH)
         parts = torch.split(drawn, [count * SKETCH for count in columns])
         return [part.view(-1, SKETCH) for part in parts]

@@ -34,6 +34,21 @@ def operations(site: Site) -> int:
     return len(site.live(ROUNDS, {})["operations"])
 
 
+def killed_at_some(new_site: Callable[[], Site], kills: int) -> int:
+    """Lives killed before operations chosen by chance; how many got that far."""
+    chance = random.Random()  # noqa: S311 - another choice in every run
+    places = chance.sample(range(operations(new_site())), kills)
+    return sum(killed_at(place, new_site()) for place in places)
+
+
+def kill_at_each(new_site: Callable[[], Site]) -> None:
+    """A life for every operation, killed before it."""
+    total = operations(new_site())
+    killed = sum(killed_at(place, new_site()) for place in range(total))
+    assert total > 150
+    assert killed > 0.95 * total  # lives differ by an operation or two
+
+
 @pytest.mark.usefixtures("traced")
 def test_a_life_writes_through_every_store(new_site) -> None:
     """The faults below land where they should: in ledger, log, releases and history."""
@@ -47,20 +62,14 @@ def test_a_life_writes_through_every_store(new_site) -> None:
 @pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_before_some_file_operations(kind: str, new_site: Callable[[str], Site]) -> None:
-    total = operations(new_site(kind))
-    chance = random.Random()  # noqa: S311 - another choice in every run
-    killed = [killed_at(place, new_site(kind)) for place in chance.sample(range(total), 6)]
-    assert sum(killed) >= 4  # lives differ by an operation or two
+    assert killed_at_some(lambda: new_site(kind), 6) >= 4  # lives differ by an operation or two
 
 
 @pytest.mark.soak
 @pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_before_every_file_operation(kind: str, new_site: Callable[[str], Site]) -> None:
-    total = operations(new_site(kind))
-    killed = [killed_at(place, new_site(kind)) for place in range(total)]
-    assert total > 150
-    assert sum(killed) > 0.95 * total  # lives differ by an operation or two
+    kill_at_each(lambda: new_site(kind))
 
 
 @pytest.mark.soak
@@ -128,10 +137,7 @@ def test_a_process_goes_on_where_another_on_the_same_rounds_is_killed(new_site) 
 @pytest.mark.parametrize("kind", PRIVATE)
 def test_private_training_killed_before_some_file_operations(kind: str, new_site) -> None:
     """Asked again, the life trains anew, for other steps: the release is given without a look."""
-    total = operations(new_site(kind))
-    chance = random.Random()  # noqa: S311 - another choice in every run
-    killed = [killed_at(place, new_site(kind)) for place in chance.sample(range(total), 3)]
-    assert sum(killed) >= 2  # lives differ by an operation or two
+    assert killed_at_some(lambda: new_site(kind), 3) >= 2  # lives differ by an operation or two
 
 
 @pytest.mark.usefixtures("warm_for_private")
@@ -144,10 +150,7 @@ def test_private_training_killed_at_random_instants(together: int, new_site) -> 
 @pytest.mark.usefixtures("traced", "warm_for_private")
 @pytest.mark.parametrize("kind", PRIVATE)
 def test_private_training_killed_before_every_file_operation(kind: str, new_site) -> None:
-    total = operations(new_site(kind))
-    killed = [killed_at(place, new_site(kind)) for place in range(total)]
-    assert total > 150
-    assert sum(killed) > 0.95 * total  # lives differ by an operation or two
+    kill_at_each(lambda: new_site(kind))
 
 
 @pytest.mark.soak
