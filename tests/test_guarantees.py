@@ -29,8 +29,8 @@ ALONE = (
     "releases",
     "round",
     "source",
-    "stress.canaries",
-    "stress.one_run",
+    "stress.inference.canaries",
+    "stress.inference.one_run",
     "update",
 )
 FACE = {  # the others belong to their modules
@@ -78,9 +78,9 @@ EXEMPT = {
     "distributed.guard.Guard.private": "always refuses",
     "guard.Guard.round_of": "`round` without its checks, for the guard of several processes",
     "guard.connect": "always refuses",
-    "stress.canaries.CanaryAttack": DATA,
-    "stress.canaries.CanaryAudit": DATA,
-    "stress.one_run.Guesses": DATA,
+    "stress.inference.canaries.CanaryAttack": DATA,
+    "stress.inference.canaries.CanaryAudit": DATA,
+    "stress.inference.one_run.Guesses": DATA,
 }
 
 

@@ -12,7 +12,7 @@ from sentinel.errors import MisuseError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from sentinel.stress.tabular import Reads
+    from sentinel.stress.passive.tabular import Reads
 
 
 @dataclass(frozen=True, slots=True)

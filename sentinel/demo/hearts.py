@@ -26,11 +26,11 @@ from sentinel.crew import one_thread
 from sentinel.demo import cohorts
 from sentinel.demo.heart_result import Example, HeartsResult, Note, Settings
 from sentinel.demo.hospitals import BareDoor, Door, GuardedDoor, Outcome, Site
-from sentinel.stress import tabular
-from sentinel.stress.federation import MaliciousServer
 from sentinel.stress.layers import State, attacked_pair, copied
-from sentinel.stress.servers import binning
-from sentinel.stress.tabular import Reads, measure_reads
+from sentinel.stress.passive import tabular
+from sentinel.stress.passive.tabular import Reads, measure_reads
+from sentinel.stress.servers.crafting import binning
+from sentinel.stress.servers.federation import MaliciousServer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sentinel.demo.heart_result import Example, HeartsResult, Note
     from sentinel.demo.run import DemoResult
     from sentinel.demo.xray_result import XrayPictures, XrayResult
-    from sentinel.stress.tabular import Reads
+    from sentinel.stress.passive.tabular import Reads
 
 _STYLE = """
 :root { --ink: #1c2530; --soft: #5b6875; --line: #d9dfe5; --good: #2f7d5b; --bad: #b3413a;

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sentinel.demo.heart_result import HeartsResult
     from sentinel.demo.heart_result import Settings as HeartSettings
     from sentinel.demo.xray_result import XrayResult, XraySettings
-    from sentinel.stress.tabular import Reads
+    from sentinel.stress.passive.tabular import Reads
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from torch import nn
 
 from sentinel.demo import xray_data
 from sentinel.stress.layers import State, copied
-from sentinel.stress.local_training import LocalTraining
-from sentinel.stress.prior import ImagePrior, fit_prior
+from sentinel.stress.passive.local_training import LocalTraining
+from sentinel.stress.passive.prior import ImagePrior, fit_prior
 
 if TYPE_CHECKING:
     from torch import Tensor

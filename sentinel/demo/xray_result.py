@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sentinel.errors import MisuseError
 from sentinel.interval import wilson
-from sentinel.stress.images import BATCH, LONE, Attack, ImageAttacker, best
+from sentinel.stress.passive.images import BATCH, LONE, Attack, ImageAttacker, best
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sentinel.interval import Interval
-    from sentinel.stress.inversion import Matching
-    from sentinel.stress.reidentify import Found
+    from sentinel.stress.passive.inversion import Matching
+    from sentinel.stress.passive.reidentify import Found
 
 
 @dataclass(frozen=True, slots=True)

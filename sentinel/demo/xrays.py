@@ -23,9 +23,9 @@ from sentinel.demo.xray_hospital import NET, SIDE, Hospital
 from sentinel.demo.xray_result import Sanitized, XrayPictures, XrayResult, XraySettings
 from sentinel.errors import MisuseError, Withheld
 from sentinel.guard import Guard
-from sentinel.stress.images import Truth, best
-from sentinel.stress.inversion import match_direction
-from sentinel.stress.local_training import Seen
+from sentinel.stress.passive.images import Truth, best
+from sentinel.stress.passive.inversion import match_direction
+from sentinel.stress.passive.local_training import Seen
 from sentinel.stress.ssim import ssim
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sentinel.release import Decided
-    from sentinel.stress.images import Attack, ImageAttacker
+    from sentinel.stress.passive.images import Attack, ImageAttacker
 
 FEDERATION = "xray-demo"
 STAGE = "at initialisation"

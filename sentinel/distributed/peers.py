@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import gc
 import json
+import weakref
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -121,6 +122,9 @@ class Peers:
             )
         except RuntimeError:
             raise _lost() from None
+        # At exit too: a thread of gloo that lets go of a tensor after the interpreter has ended
+        # would end the process with SIGABRT.
+        self._end = weakref.finalize(self, _end, self._line)
 
     @property
     def connected(self) -> bool:
@@ -208,13 +212,9 @@ class Peers:
 
     def hang_up(self) -> None:
         """Close the connection, so that no rank waits for this one."""
-        line, self._line = self._line, None
+        self._line = None
         self._pending.clear()
-        if line is not None:
-            with suppress(RuntimeError, ValueError):
-                dist.destroy_process_group(line)
-            del line
-            gc.collect()  # the sockets close with the last reference
+        self._end()
 
     @contextmanager
     def unless_agreed(self) -> Iterator[None]:
@@ -236,6 +236,13 @@ class Peers:
         except RuntimeError:  # of gloo: the peer is gone, or the time is up
             self.hang_up()
             raise _lost() from None
+
+
+def _end(line: dist.ProcessGroup) -> None:
+    with suppress(RuntimeError, ValueError):  # the group may be gone already
+        dist.destroy_process_group(line)
+    del line
+    gc.collect()  # the sockets close with the last reference
 
 
 def _lost() -> Withheld:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sentinel.detection.rounds import loss_of
 from sentinel.detection.synthetic import Columns
-from sentinel.stress import servers
+from sentinel.stress.servers import crafting as servers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -22,8 +22,8 @@ from sentinel.crew import one_thread
 from sentinel.demo import cohorts
 from sentinel.demo.hearts import auc, network
 from sentinel.demo.hospitals import GuardedDoor, Loop, Site
-from sentinel.stress.federation import FedAvgServer
 from sentinel.stress.layers import copied
+from sentinel.stress.servers.federation import FedAvgServer
 
 AUTO = 'max_norm = "auto"\nmax_norm_floor = {}\nmax_norm_ceiling = {}\n'
 BOUNDS = {

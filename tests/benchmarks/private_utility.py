@@ -49,8 +49,8 @@ from sentinel.mechanism import slack
 from sentinel.privacy import DpSgdEvent, Promise
 from sentinel.privacy.forecast import noise_multiplier_for
 from sentinel.state import StateFolder
-from sentinel.stress.federation import FedAvgServer
 from sentinel.stress.layers import State, copied
+from sentinel.stress.servers.federation import FedAvgServer
 from sentinel.terms import Adjacency, Unit
 
 if TYPE_CHECKING:

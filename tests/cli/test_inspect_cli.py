@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from sentinel.cli.inspect import inspect_command
-from sentinel.stress import corpus, servers
+from sentinel.stress import corpus
+from sentinel.stress.servers import crafting as servers
 
 if TYPE_CHECKING:
     from pathlib import Path

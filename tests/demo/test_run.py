@@ -17,9 +17,9 @@ from sentinel.demo import run
 from sentinel.demo.heart_result import Settings
 from sentinel.demo.report import montage, report_html
 from sentinel.demo.xray_result import XraySettings
-from sentinel.stress.estimate import Estimation
-from sentinel.stress.images import ImageAttacker
-from sentinel.stress.inversion import Matching
+from sentinel.stress.passive.estimate import Estimation
+from sentinel.stress.passive.images import ImageAttacker
+from sentinel.stress.passive.inversion import Matching
 
 if TYPE_CHECKING:
     from pathlib import Path

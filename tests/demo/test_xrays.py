@@ -15,9 +15,9 @@ from sentinel.demo.xray_result import XrayResult, XraySettings
 from sentinel.demo.xrays import run_xrays
 from sentinel.errors import MisuseError, Withheld
 from sentinel.guard import Guard
-from sentinel.stress.estimate import Estimation
-from sentinel.stress.images import ImageAttacker
-from sentinel.stress.inversion import Matching
+from sentinel.stress.passive.estimate import Estimation
+from sentinel.stress.passive.images import ImageAttacker
+from sentinel.stress.passive.inversion import Matching
 from sentinel.stress.ssim import ssim
 
 # One of each kind, and as many iterations as still take the lone picture.

@@ -10,7 +10,8 @@ from torch import nn
 
 from sentinel.detection import History, Kind, inspect_global_model
 from sentinel.errors import MisuseError
-from sentinel.stress import corpus, servers
+from sentinel.stress import corpus
+from sentinel.stress.servers import crafting as servers
 from sentinel.terms import Verdict
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sentinel.errors import MisuseError
-from sentinel.stress.one_run import Guesses, count, guess, lower_bound, p_value
+from sentinel.stress.inference.one_run import Guesses, count, guess, lower_bound, p_value
 
 
 def test_infinite_scores_are_the_highest_and_the_lowest() -> None:

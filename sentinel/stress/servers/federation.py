@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from sentinel.stress.servers import Craft
+    from sentinel.stress.servers.crafting import Craft
 
 
 class FedAvgServer:

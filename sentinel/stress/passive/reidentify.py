@@ -21,7 +21,7 @@ from sentinel.stress.ssim import ssim
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sentinel.stress.prior import ImagePrior
+    from sentinel.stress.passive.prior import ImagePrior
 
 
 @dataclass(frozen=True, slots=True)

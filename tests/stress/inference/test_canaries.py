@@ -13,7 +13,7 @@ from sentinel.dpsgd.units import Units
 from sentinel.errors import MisuseError, Withheld
 from sentinel.mechanism.entropy import uniform
 from sentinel.policy.schema import Privacy
-from sentinel.stress.canaries import CanaryAttack, CanaryAudit, _canaries, audit
+from sentinel.stress.inference.canaries import CanaryAttack, CanaryAudit, _canaries, audit
 from sentinel.terms import Adjacency, Unit
 
 if TYPE_CHECKING:

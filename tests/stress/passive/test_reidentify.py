@@ -8,9 +8,9 @@ import torch
 
 from sentinel.errors import MisuseError
 from sentinel.interval import Count
-from sentinel.stress.images import Truth
-from sentinel.stress.prior import ImagePrior, fit_prior
-from sentinel.stress.reidentify import Found, match_within_class, ranked_first
+from sentinel.stress.passive.images import Truth
+from sentinel.stress.passive.prior import ImagePrior, fit_prior
+from sentinel.stress.passive.reidentify import Found, match_within_class, ranked_first
 from sentinel.stress.ssim import ssim
 
 

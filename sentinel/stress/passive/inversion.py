@@ -20,7 +20,7 @@ from sentinel.stress.ssim import gaussian_window
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sentinel.stress.local_training import LocalTraining, Seen
+    from sentinel.stress.passive.local_training import LocalTraining, Seen
 
 
 @dataclass(frozen=True, slots=True)

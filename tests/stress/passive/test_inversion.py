@@ -10,12 +10,12 @@ from torch import nn
 from sentinel.demo import xray_data
 from sentinel.demo.xray_hospital import initialise, xray_net
 from sentinel.errors import MisuseError
-from sentinel.stress.estimate import Estimation, conjugate_gradients, most_likely
-from sentinel.stress.images import LONE
-from sentinel.stress.inversion import Matching, blur, match_direction, total_variation
-from sentinel.stress.local_training import LocalTraining, Seen
-from sentinel.stress.prior import ImagePrior, fit_prior
-from sentinel.stress.reidentify import match_within_class, ranked_first
+from sentinel.stress.passive.estimate import Estimation, conjugate_gradients, most_likely
+from sentinel.stress.passive.images import LONE
+from sentinel.stress.passive.inversion import Matching, blur, match_direction, total_variation
+from sentinel.stress.passive.local_training import LocalTraining, Seen
+from sentinel.stress.passive.prior import ImagePrior, fit_prior
+from sentinel.stress.passive.reidentify import match_within_class, ranked_first
 from sentinel.stress.ssim import ssim
 
 SIZE = (28, 28)

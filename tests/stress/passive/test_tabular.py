@@ -13,10 +13,10 @@ from sentinel.demo import cohorts
 from sentinel.demo.hearts import network
 from sentinel.demo.hospitals import Loop, Site
 from sentinel.errors import MisuseError
-from sentinel.stress import tabular
 from sentinel.stress.layers import State, copied
-from sentinel.stress.servers import Stealth, binning, isolation
-from sentinel.stress.tabular import UNTREATED, Reads, Sanitizer
+from sentinel.stress.passive import tabular
+from sentinel.stress.passive.tabular import UNTREATED, Reads, Sanitizer
+from sentinel.stress.servers.crafting import Stealth, binning, isolation
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -31,8 +31,8 @@ from sentinel.house import promise_of
 from sentinel.mechanism import SystemEntropy
 from sentinel.mechanism.entropy import uniform
 from sentinel.state import StateFolder
+from sentinel.stress.inference.one_run import Guesses, count, guess, lower_bound
 from sentinel.stress.layers import copied
-from sentinel.stress.one_run import Guesses, count, guess, lower_bound
 from sentinel.terms import Adjacency, Unit
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name that PyTorch's users know
 
 from sentinel.errors import MisuseError
-from sentinel.stress import servers
-from sentinel.stress.federation import FedAvgServer, MaliciousServer
-from sentinel.stress.servers import Direction, Stealth
+from sentinel.stress.servers import crafting as servers
+from sentinel.stress.servers.crafting import Direction, Stealth
+from sentinel.stress.servers.federation import FedAvgServer, MaliciousServer
 
 if TYPE_CHECKING:
     from sentinel.stress.layers import State

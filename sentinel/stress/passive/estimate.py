@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from sentinel.stress.local_training import LocalTraining, Seen
-    from sentinel.stress.prior import ImagePrior
+    from sentinel.stress.passive.local_training import LocalTraining, Seen
+    from sentinel.stress.passive.prior import ImagePrior
 
 _HALVINGS = 4  # of a step that raises the objective, before it is given up
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sentinel.stress.estimate import Estimation, most_likely
-from sentinel.stress.inversion import Matching, match_direction
-from sentinel.stress.reidentify import match_within_class, ranked_first
+from sentinel.stress.passive.estimate import Estimation, most_likely
+from sentinel.stress.passive.inversion import Matching, match_direction
+from sentinel.stress.passive.reidentify import match_within_class, ranked_first
 from sentinel.stress.ssim import ssim
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from sentinel.stress.local_training import LocalTraining, Seen
-    from sentinel.stress.prior import ImagePrior
-    from sentinel.stress.reidentify import Found
+    from sentinel.stress.passive.local_training import LocalTraining, Seen
+    from sentinel.stress.passive.prior import ImagePrior
+    from sentinel.stress.passive.reidentify import Found
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from sentinel.errors import MisuseError
-from sentinel.stress.one_run import Guesses, count, guess, lower_bound, p_value
+from sentinel.stress.inference.one_run import Guesses, count, guess, lower_bound, p_value
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -1,0 +1,1 @@
+"""Inference: who or what was in the data, told from updates."""

@@ -1,0 +1,1 @@
+"""Passive attacks: what a server reads out of one update without touching the model."""

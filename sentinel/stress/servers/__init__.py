@@ -1,0 +1,1 @@
+"""Servers: honest ones, and those that send traps."""
