@@ -1,4 +1,4 @@
-"""A site's local training as its attacker replays it: pictures in, update out, differentiable.
+"""A site's local training as its attacker replays it: records in, update out, differentiable.
 
 The attacker is given what it might only guess in the field: labels, order of the batches, learning
 rate, and every figure of the sanitizer. Whatever resists it here resists less informed ones.
@@ -16,9 +16,15 @@ from torch.nn import functional as F  # noqa: N812 - the name that PyTorch's use
 from sentinel.errors import MisuseError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor, nn
+
+
+def plain(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+    """The model's answer to the inputs as they are, with these parameters."""
+    answer: Tensor = functional_call(model, dict(parameters), (inputs,))
+    return answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +54,19 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class LocalTraining:
-    """Plain SGD on cross-entropy from the global state, one step for each batch.
+    """Plain SGD from the global state, one step for each batch.
 
-    One batch of all pictures is FedSGD; several are FedAvg.
+    One batch of all records is FedSGD; several are FedAvg.
 
     Attributes:
         model: its architecture; its own weights are not read, its mode is.
         global_state: name -> tensor of every parameter, as the server sent them.
-        labels: [N], classes of the pictures behind the update.
-        batches: indices of the pictures of each step, in order.
+        labels: of the records behind the update; classes [N], or whatever else `loss` takes.
+        batches: indices of the records of each step, in order.
         learning_rate: of each step.
+        forward: how the model answers what the attacker varies: pictures, embeddings, soft
+            categories.
+        loss: of answers and labels, the mean over a batch.
     """
 
     model: nn.Module
@@ -65,18 +74,20 @@ class LocalTraining:
     labels: Tensor
     batches: tuple[Tensor, ...]
     learning_rate: float
+    forward: Callable[[nn.Module, Mapping[str, Tensor], Tensor], Tensor] = plain
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
 
     @property
     def names(self) -> tuple[str, ...]:
         """The parameters, in the order in which updates are laid out."""
         return tuple(name for name, _ in self.model.named_parameters())
 
-    def update(self, pictures: Tensor, *, differentiable: bool = True) -> Tensor:
-        """Train on pictures [N, 1, H, W]; return local - global, [D]."""
+    def update(self, inputs: Tensor, *, differentiable: bool = True) -> Tensor:
+        """Train on inputs [N, ...]; return local - global, [D]."""
         start = {name: self.global_state[name].detach() for name in self.names}
         local = start
         for batch in self.batches:
-            steps = self._gradient(local, pictures[batch], self.labels[batch], differentiable)
+            steps = self._gradient(local, inputs[batch], self.labels[batch], differentiable)
             local = {
                 name: local[name] - self.learning_rate * step
                 for name, step in zip(self.names, steps, strict=True)
@@ -99,7 +110,7 @@ class LocalTraining:
     def _gradient(
         self,
         parameters: Mapping[str, Tensor],
-        pictures: Tensor,
+        inputs: Tensor,
         labels: Tensor,
         differentiable: bool,  # noqa: FBT001 - private, passed on
     ) -> tuple[Tensor, ...]:
@@ -107,5 +118,5 @@ class LocalTraining:
             name: value if value.requires_grad else value.clone().requires_grad_()
             for name, value in parameters.items()
         }
-        loss = F.cross_entropy(functional_call(self.model, leaves, (pictures,)), labels)
+        loss = self.loss(self.forward(self.model, leaves, inputs), labels)
         return torch.autograd.grad(loss, list(leaves.values()), create_graph=differentiable)
