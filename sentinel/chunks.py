@@ -18,8 +18,11 @@ def chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
     Writing to a view writes to the tensor. A zero-size tensor yields nothing.
     """
-    if tensor.numel():
+    size = tensor.numel()
+    if size > CHUNK:
         yield from torch.split(tensor.view(-1), CHUNK)
+    elif size:  # a model of many small tensors spends its time in calls
+        yield tensor.view(-1)
 
 
 def sum_of_squares(tensor: torch.Tensor, max_abs: float = math.inf) -> float:

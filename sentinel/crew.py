@@ -8,7 +8,7 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import count
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 
@@ -74,6 +74,12 @@ def share_out(tasks: Sequence[Task], start: Callable[[], Callable[[Task], Result
         if threads <= 1 or _hands.within():
             return list(map(start(), tasks))
         return _together(tasks, start, threads)
+
+
+def both(first: Callable[[], Task], second: Callable[[], Result]) -> tuple[Task, Result]:
+    """Do two things that have nothing to do with each other; the error of the first one first."""
+    found: list[object] = share_out([first, second], lambda: lambda task: task())
+    return cast("tuple[Task, Result]", tuple(found))
 
 
 def _together(

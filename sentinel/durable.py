@@ -112,19 +112,31 @@ def draft_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.draft")
 
 
+@contextmanager
+def drafted(path: Path) -> Iterator[Path]:
+    """An empty file beside `path`, its owner's alone, which is gone at the end unless published."""
+    draft = draft_of(path)
+    os.close(open_private(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+    try:
+        yield draft
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def publish(draft: Path, path: Path) -> None:
+    """Give a durable draft its name, durably: a crash leaves what was there, or the draft, whole."""
+    draft.replace(path)
+    sync_folder(path.parent)
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Write `content` under `path` so that a crash leaves the old content or the new, whole."""
-    draft = draft_of(path)
-    handle = open_private(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    try:
-        with os.fdopen(handle, "wb") as file:
+    with drafted(path) as draft:
+        with draft.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-    sync_folder(path.parent)
+        publish(draft, path)
 
 
 @contextmanager

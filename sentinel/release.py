@@ -32,7 +32,7 @@ from sentinel.audit import (
 )
 from sentinel.audit.records import SCORE_STEPS
 from sentinel.bounds import auto_norms, learn
-from sentinel.crew import one_thread, share_out
+from sentinel.crew import one_thread
 from sentinel.durable import storage
 from sentinel.errors import MisuseError, SentinelError, Withheld, unforeseen
 from sentinel.gate import gate, require_open, require_sound
@@ -423,10 +423,12 @@ def _kept(house: House, opened: PublicRound, state: State) -> str:
     It was made of the global state, which is looked at once more: what changed it since step 1 may
     be a patient's, and would leave as it is.
     """
-    base, digest = share_out([opened.base, state], lambda: model_digest)
-    _require_received(opened, base)
-    house.releases.store(opened.key, state)
-    return digest
+
+    def check() -> str:
+        _require_received(opened, model_digest(opened.base))
+        return model_digest(state)
+
+    return house.releases.store(opened.key, state, check)
 
 
 def _promised_to(event: Event) -> dict[str, object]:

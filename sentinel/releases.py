@@ -10,18 +10,18 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import safetensors.torch
 from safetensors import SafetensorError
 
+from sentinel.crew import both
 from sentinel.durable import (
-    draft_of,
+    drafted,
     locked,
-    open_private,
     private_folder,
+    publish,
     replace_file,
     storage,
     sync_file,
@@ -33,6 +33,7 @@ from sentinel.terms import Reason
 from sentinel.update import model_digest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
     from pathlib import Path
 
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
 
     from sentinel.memory import Rooms
     from sentinel.update import State
+
+
+Result = TypeVar("Result")
 
 
 class Fate(enum.StrEnum):
@@ -98,6 +102,7 @@ class Releases:
         `store` of 0-d, empty or bfloat16 tensors:     `load` gives them as they were
         `store` of a name that the format keeps:       `load` gives it as it was
         `store` on a full disk:                        OSError; nothing is left behind
+        `store` whose check raises:                    its error; nothing is left behind
         `load` of tensors that are gone or changed:    Withheld (ROUND_CLOSED)
         `locked` while somebody else holds it:         waits
         `locked` through a symbolic link:              OSError
@@ -128,10 +133,19 @@ class Releases:
         """Write the fate of a round, durably."""
         _write_ending(self._path(key, "json"), ending)
 
-    def store(self, key: RoundKey, state: dict[str, torch.Tensor]) -> None:
-        """Write what will be released, durably."""
+    def store(
+        self, key: RoundKey, state: dict[str, torch.Tensor], check: Callable[[], Result]
+    ) -> Result:
+        """Write what will be released, durably, unless `check` raises; what `check` returned.
+
+        The check runs beside the writing.
+        """
         named = {_stored_name(name): value for name, value in state.items()}
-        write_tensors(self._path(key, "safetensors"), named)
+        path = self._path(key, "safetensors")
+        with drafted(path) as draft:
+            _, found = both(lambda: _write(draft, named), check)
+            publish(draft, path)
+        return found
 
     def rooms(self, size: int) -> Rooms:
         """Where `size` bytes of what may leave find room: in memory, or on disk."""
@@ -206,18 +220,18 @@ def write_tensors(path: Path, state: State) -> None:
     Raises:
         OSError: it could not be written.
     """
-    draft = draft_of(path)
-    os.close(open_private(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+    with drafted(path) as draft:
+        _write(draft, state)
+        publish(draft, path)
+
+
+def _write(draft: Path, state: State) -> None:
     try:
         safetensors.torch.save_file(state, draft)
-        draft.chmod(0o600)
-        sync_file(draft)
-        draft.replace(path)
     except SafetensorError as error:
         raise OSError("the released tensors could not be written") from error
-    finally:
-        draft.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    draft.chmod(0o600)
+    sync_file(draft)
 
 
 def _read_ending(path: Path) -> Ending | None:

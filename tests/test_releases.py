@@ -32,7 +32,7 @@ STATE = {
 
 def release(folder: Path) -> tuple[Releases, Ending]:
     releases = Releases(folder)
-    releases.store(KEY, STATE)
+    releases.store(KEY, STATE, lambda: None)
     ending = Ending(Fate.RELEASED, "g" * 64, model_digest(STATE))
     releases.end(KEY, ending)
     return releases, ending
@@ -51,9 +51,18 @@ def test_a_name_that_the_file_format_keeps_for_itself_comes_back(tmp_path: Path)
     names = ["__metadata__", "___metadata__", "_metadata__", "metadata__", "a__metadata__", "w"]
     state = {name: torch.full((2,), float(place)) for place, name in enumerate(names)}
     releases = Releases(tmp_path / "r")
-    releases.store(KEY, state)
+    releases.store(KEY, state, lambda: None)
     back = releases.load(KEY, Ending(Fate.RELEASED, "g" * 64, model_digest(state)))
     assert model_digest(back) == model_digest(state)
+
+
+def test_what_fails_its_check_is_not_stored(tmp_path: Path) -> None:
+    def check() -> None:
+        raise Withheld(Reason.GLOBAL_MODEL_CHANGED, "changed")
+
+    with pytest.raises(Withheld, match="changed"):
+        Releases(tmp_path / "r").store(KEY, STATE, check)
+    assert not list((tmp_path / "r").iterdir())
 
 
 def test_rounds_of_other_names_are_other_rounds() -> None:
@@ -87,7 +96,7 @@ def test_only_the_newest_releases_are_kept_and_tombstones_of_the_others(tmp_path
     assert not releases.holds_any()
     keys = [RoundKey("f", "r", number) for number in range(4)]
     for at, key in enumerate(keys):
-        releases.store(key, STATE)
+        releases.store(key, STATE, lambda: None)
         releases.end(key, Ending(Fate.RELEASED, "g" * 64, model_digest(STATE)))
         os.utime(tmp_path / "r" / f"{key.digest}.safetensors", (at, at))
     releases.keep_newest(2)
@@ -127,7 +136,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch) -> None:
 
     monkeypatch.setattr("sentinel.releases.sync_file", full)
     with pytest.raises(OSError, match="No space"):
-        releases.store(KEY, STATE)
+        releases.store(KEY, STATE, lambda: None)
     assert list((tmp_path / "r").iterdir()) == []
 
 
@@ -175,7 +184,7 @@ def test_where_no_release_is_kept_the_tombstones_are(tmp_path: Path) -> None:
 
 def test_tensors_of_a_round_that_has_not_ended_are_not_pruned(tmp_path: Path) -> None:
     releases = Releases(tmp_path / "r")
-    releases.store(KEY, STATE)
+    releases.store(KEY, STATE, lambda: None)
     releases.keep_newest(0)
     assert len(list((tmp_path / "r").glob("*.safetensors"))) == 1
     assert releases.ending(KEY) is None

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+from pyod.models.iforest import IForest
 from pyod.models.knn import KNN
 from skl2onnx import convert_sklearn
 from skl2onnx.common.data_types import FloatTensorType
+from sklearn.ensemble._iforest import _average_path_length
 
 from sentinel.detection.bundle import (
     ANOMALY,
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from numpy.typing import NDArray
+    from sklearn.ensemble import IsolationForest
+
 OPSETS = {"": 17, "ai.onnx.ml": 3}
 LIBRARIES = ("numpy", "onnx", "pyod", "scikit-learn", "skl2onnx", "torch")
 
@@ -36,15 +41,16 @@ def to_onnx(fitted: Any, features: int) -> bytes:  # noqa: ANN401  # pyod has no
     """Convert a fitted pyod detector.
 
     Args:
-        fitted: a pyod IForest, OCSVM or LOF (their sklearn estimator is converted), or a KNN with
-            the mean distance (a graph of its own).
+        fitted: a pyod OCSVM or LOF (their sklearn estimator is converted), an IForest, or a KNN
+            with the mean distance (graphs of their own: few nodes, and so many times faster).
         features: width of its input.
 
     Returns:
         A graph from `features` [n, features] to `anomaly` [n, 1] or [n]: larger is stranger, as in
         pyod.
     """
-    graph = _neighbours(fitted) if isinstance(fitted, KNN) else _converted(fitted, features)
+    own = {KNN: _neighbours, IForest: _forest}.get(type(fitted))
+    graph = _converted(fitted, features) if own is None else own(fitted)
     onnx.checker.check_model(graph)
     return bytes(graph.SerializeToString())
 
@@ -60,18 +66,97 @@ def _neighbours(fitted: KNN) -> Any:  # noqa: ANN401  # onnx has no types
         helper.make_node("Sqrt", ["nearest"], ["distances"]),
         helper.make_node("ReduceMean", ["distances"], [ANOMALY], axes=[1], keepdims=0),
     ]
+    constants: dict[str, NDArray[Any]] = {
+        "points": points[None],
+        "one": np.array([1], dtype=np.int64),
+        "k": np.array([fitted.n_neighbors], dtype=np.int64),
+    }
+    return _model("neighbours", nodes, constants, points.shape[1], [None])
+
+
+def _forest(fitted: IForest) -> Any:  # noqa: ANN401  # onnx has no types
+    """2^(- mean length of the paths / expected length) less the offset, as in scikit-learn."""
+    forest = fitted.detector_
+    expected = len(forest.estimators_) * float(_average_path_length([forest.max_samples_])[0])
+    nodes = [
+        helper.make_node(
+            "TreeEnsembleRegressor",
+            [INPUT],
+            ["lengths"],
+            domain="ai.onnx.ml",
+            n_targets=1,
+            **_trees(forest),
+        ),
+        helper.make_node("Mul", ["lengths", "expected"], ["exponents"]),
+        helper.make_node("Pow", ["two", "exponents"], ["strangeness"]),
+        helper.make_node("Add", ["strangeness", "offset"], [ANOMALY]),
+    ]
+    constants = {
+        "expected": np.array([-1.0 / expected], dtype=np.float32),
+        "two": np.array([2.0], dtype=np.float32),
+        "offset": np.array([forest.offset_], dtype=np.float32),
+    }
+    return _model("forest", nodes, constants, forest.n_features_in_, [None, 1])
+
+
+def _trees(forest: IsolationForest) -> dict[str, Any]:
+    """Lists over the nodes of all trees; a leaf weighs the length of its path."""
+    branches: dict[str, list[Any]] = {f"nodes_{name}": [] for name in _BRANCH}
+    leaves: dict[str, list[Any]] = {f"target_{name}": [] for name in _LEAF}
+    for number, (grown, chosen) in enumerate(
+        zip(forest.estimators_, forest.estimators_features_, strict=True)
+    ):
+        tree = grown.tree_
+        beyond = _average_path_length(tree.n_node_samples)
+        depths = tree.compute_node_depths()  # the root's is 1
+        for node, (left, right) in enumerate(
+            zip(tree.children_left, tree.children_right, strict=True)
+        ):
+            is_leaf = left == right
+            row = (
+                number,
+                node,
+                "LEAF" if is_leaf else "BRANCH_LEQ",
+                0 if is_leaf else int(chosen[tree.feature[node]]),
+                0.0 if is_leaf else _rounded_down(tree.threshold[node]),
+                0 if is_leaf else int(left),
+                0 if is_leaf else int(right),
+            )
+            for name, value in zip(branches, row, strict=True):
+                branches[name].append(value)
+            if is_leaf:
+                length = float(depths[node] - 1.0 + beyond[node])
+                for name, value in zip(leaves, (number, node, 0, length), strict=True):
+                    leaves[name].append(value)
+    return {**branches, **leaves}
+
+
+_BRANCH = ("treeids", "nodeids", "modes", "featureids", "values", "truenodeids", "falsenodeids")
+_LEAF = ("treeids", "nodeids", "ids", "weights")
+
+
+def _rounded_down(threshold: float) -> float:
+    """Largest float32 not above: a float32 input is on the same side of both."""
+    near = np.float32(threshold)
+    return float(near if near <= threshold else np.nextafter(near, np.float32(-np.inf)))
+
+
+def _model(
+    name: str,
+    nodes: list[Any],
+    constants: Mapping[str, NDArray[Any]],
+    features: int,
+    answer: list[int | None],
+) -> Any:  # noqa: ANN401  # onnx has no types
     graph = helper.make_graph(
         nodes,
-        "neighbours",
-        [helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, [None, points.shape[1]])],
-        [helper.make_tensor_value_info(ANOMALY, TensorProto.FLOAT, [None])],
-        [
-            numpy_helper.from_array(points[None], "points"),
-            numpy_helper.from_array(np.array([1], dtype=np.int64), "one"),
-            numpy_helper.from_array(np.array([fitted.n_neighbors], dtype=np.int64), "k"),
-        ],
+        name,
+        [helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, [None, features])],
+        [helper.make_tensor_value_info(ANOMALY, TensorProto.FLOAT, answer)],
+        [numpy_helper.from_array(value, key) for key, value in constants.items()],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSETS[""])])
+    sets = [helper.make_opsetid(domain, version) for domain, version in OPSETS.items()]
+    model = helper.make_model(graph, opset_imports=sets)
     model.ir_version = 8  # the oldest that holds this opset: every onnxruntime since 1.20 opens it
     return model
 
