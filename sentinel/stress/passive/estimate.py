@@ -45,12 +45,14 @@ class Estimation:
     first_noise: float = 3.0
 
 
-def most_likely(
+def most_likely(  # noqa: PLR0913 - the attack's inputs, and where it starts
     training: LocalTraining,
     seen: Seen,
     prior: ImagePrior,
     search: Estimation,
     generator: torch.Generator,
+    *,
+    start: Tensor | None = None,
 ) -> Tensor:
     """Reconstruct the pictures behind an update.
 
@@ -60,6 +62,8 @@ def most_likely(
         prior: what public pictures say about each class.
         search: settings.
         generator: of the random start, which breaks the tie between pictures of one class.
+        start: pictures [N, 1, H, W] to start from, such as a first-order search has found; random
+            ones near the class mean where left out.
 
     Returns:
         [N, 1, H, W], pixels from 0 to 1; one class's pictures come in no particular order.
@@ -67,6 +71,8 @@ def most_likely(
     problem = _Problem(training, seen, prior)
     shape = (len(training.labels), prior.components)
     latent = 0.1 * torch.randn(shape, generator=generator)
+    if start is not None:
+        latent = prior.encode(start, training.labels)
     for std in _schedule(seen, search):
         latent = problem.linearised(latent, std, search.products)
     return prior.decode(latent, training.labels).clamp(0.0, 1.0)
@@ -102,12 +108,8 @@ def conjugate_gradients(
 
 def _schedule(seen: Seen, search: Estimation) -> list[float]:
     """Noise to assume in each round: from large to what it is."""
-    # The norm of the signal: what of the seen norm the noise does not explain.
-    size = seen.values.norm().item()
-    noise = seen.noise_std * math.sqrt(seen.values.numel() / seen.keep)
-    signal = math.sqrt(max(size**2 - noise**2, (0.1 * size) ** 2))
-    unit = signal / math.sqrt(seen.values.numel())
-    last = max(seen.noise_std / seen.keep, search.least_noise * unit)
+    unit = seen.signal_norm / math.sqrt(seen.values.numel())
+    last = max(seen.error_std, search.least_noise * unit)
     first = max(last, search.first_noise * unit)
     steps = max(search.rounds - 2, 1)
     return [max(last, first * (last / first) ** (i / steps)) for i in range(search.rounds)]

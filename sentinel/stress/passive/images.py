@@ -1,17 +1,18 @@
 """The image attacker: every reconstruction it can make of one update, and the best of them.
 
-Four attackers in one: Inverting Gradients as published, with its settings tuned against noise,
-with restarts, and the estimate with a public prior. Which of them did best is settled with the
-truth at hand, in the attacker's favour.
+Several attackers in one: Inverting Gradients as published, with its settings tuned against noise,
+with restarts, the estimate that knows no picture, and the one with a public prior. Which of them
+did best is settled with the truth at hand, in the attacker's favour.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from sentinel.stress.passive.estimate import Estimation, most_likely
 from sentinel.stress.passive.inversion import Matching, match_direction
+from sentinel.stress.passive.prior import smooth_prior
 from sentinel.stress.passive.reidentify import match_within_class, ranked_first
 from sentinel.stress.ssim import ssim
 
@@ -70,10 +71,13 @@ class ImageAttacker:
     Attributes:
         searches: name -> settings of an attacker without a prior.
         estimates: name -> settings of an attacker with one.
+        blind: name -> settings of an attacker whose prior knows no picture, only that neighbouring
+            pixels are alike.
     """
 
     searches: Mapping[str, Matching]
     estimates: Mapping[str, Estimation]
+    blind: Mapping[str, Estimation] = field(default_factory=dict)
 
     def reconstruct(
         self,
@@ -96,6 +100,9 @@ class ImageAttacker:
         height, width = prior.means.shape[-2:]
         for name, search in self.searches.items():
             yield name, match_direction(training, seen, search, (height, width), generator)
+        smooth = smooth_prior((height, width), len(prior.means)) if self.blind else prior
+        for name, estimation in self.blind.items():
+            yield name, most_likely(training, seen, smooth, estimation, generator)
         for name, estimation in self.estimates.items():
             yield name, most_likely(training, seen, prior, estimation, generator)
 
@@ -105,11 +112,24 @@ class ImageAttacker:
 
     def __len__(self) -> int:
         """How many attackers there are."""
-        return len(self.searches) + len(self.estimates)
+        return len(self.searches) + len(self.estimates) + len(self.blind)
 
 
 # Settings found with the truth known, on updates of 1 and of 64 chest X-rays.
 LONE = Matching(iterations=600, total_variation=5e-3)
+# Against the raw update of one: how much total variation serves best depends on the net.
+RAW = ImageAttacker(
+    searches={
+        "TV .005": LONE,
+        "TV .01": Matching(iterations=600, total_variation=1e-2),
+        "TV .05": Matching(iterations=600, total_variation=5e-2),
+        "TV .1": Matching(iterations=600, total_variation=1e-1),
+    },
+    estimates={},
+    blind={
+        "smooth prior": Estimation(rounds=10, products=40, least_noise=0.02, first_noise=1.0),
+    },
+)
 BATCH = ImageAttacker(
     searches={
         "untuned": Matching(iterations=80, total_variation=1e-1),

@@ -6,6 +6,7 @@ rate, and every figure of the sanitizer. Whatever resists it here resists less i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,18 +38,48 @@ class Seen:
             a server would find by search; given to the attacker here.
         noise_std: standard deviation of the noise on each coordinate.
         keep: share of the coordinates kept; the rest is exactly zero, and the kept are x 1/keep.
+        hidden_mask: whether what was dropped cannot be told from what was kept, as where the
+            server sees sums over sites. The attacker then reckons with what the mask leaves in
+            the mean, which is the whole update.
     """
 
     values: Tensor
     scale: float = 1.0
     noise_std: float = 0.0
     keep: float = 1.0
+    hidden_mask: bool = False
+
+    @property
+    def kept(self) -> Tensor:
+        """[D], true where a coordinate says anything: exact zeros give a visible mask away."""
+        if self.keep == 1.0 or self.hidden_mask:
+            return torch.ones_like(self.values, dtype=torch.bool)
+        return self.values != 0
+
+    @property
+    def signal_norm(self) -> float:
+        """What of the norm of the values the noise does not explain; a tenth of it at least."""
+        size = self.values.norm().item()
+        noise = self.noise_std * math.sqrt(self.values.numel() / self.keep)
+        return math.sqrt(max(size**2 - noise**2, (0.1 * size) ** 2))
+
+    @property
+    def error_std(self) -> float:
+        """Standard deviation of a coordinate that says anything around its simulated value.
+
+        Under a hidden mask the update itself is noise to the attacker: each coordinate is 0, or
+        1/keep times what it was.
+        """
+        if not self.hidden_mask:
+            return self.noise_std / self.keep
+        dropped = (1.0 - self.keep) * self.signal_norm**2 / self.values.numel()
+        return math.sqrt(self.noise_std**2 / self.keep + dropped)
 
     def sanitize(self, update: Tensor) -> Tensor:
         """The same scale and mask on a simulated update [D], without noise; differentiable."""
         update = update * self.scale
-        if self.keep < 1.0:  # exact zeros give the mask away
-            update = update * (self.values != 0) / self.keep
+        if self.keep < 1.0 and not self.hidden_mask:
+            update = update * self.kept / self.keep
         return update
 
 
@@ -59,13 +90,16 @@ class LocalTraining:
     One batch of all records is FedSGD; several are FedAvg.
 
     Attributes:
-        model: its architecture; its own weights are not read, its mode is.
-        global_state: name -> tensor of every parameter, as the server sent them.
+        model: its architecture; its own weights are not read, its mode is: batch normalisation
+            takes the batch's statistics in training mode, and the server's in evaluation mode.
+            Dropout in training mode cannot be replayed: its masks are the site's own.
+        global_state: name -> tensor of every parameter, as the server sent them. Buffers that are
+            in it are used; others are the model's own. None is changed.
         labels: of the records behind the update; classes [N], or whatever else `loss` takes.
         batches: indices of the records of each step, in order.
         learning_rate: of each step.
         forward: how the model answers what the attacker varies: pictures, embeddings, soft
-            categories.
+            categories. It is handed parameters and buffers by name.
         loss: of answers and labels, the mean over a batch.
     """
 
@@ -118,5 +152,12 @@ class LocalTraining:
             name: value if value.requires_grad else value.clone().requires_grad_()
             for name, value in parameters.items()
         }
-        loss = self.loss(self.forward(self.model, leaves, inputs), labels)
+        loss = self.loss(self.forward(self.model, leaves | self._buffers(), inputs), labels)
         return torch.autograd.grad(loss, list(leaves.values()), create_graph=differentiable)
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Copies of the buffers as the server sent them: a forward pass may write to them."""
+        return {
+            name: self.global_state.get(name, value).detach().clone()
+            for name, value in self.model.named_buffers()
+        }

@@ -33,6 +33,9 @@ PARALLEL = 0.9  # cosine from which two rows scan the same direction
 STANDS_OUT = 2.0  # standard deviations by which a divisor must exceed the noise
 SPECTRUM = 4  # singular directions that the matched filter starts from
 MEDIAN_SIZE = 0.6745  # median of |z| of a standard normal z
+PAIRED = 256  # neurons at most that are taken in pairs: those whose bias moved most
+FARTHEST = 6.0  # standard deviations from the middle beyond which no feature of a record lies
+FILLINGS = 100  # alternations that fill in what a mask dropped
 STEPS = 6  # alternations of the matched filter: which neurons fire, then which record
 
 
@@ -42,9 +45,11 @@ class Sanitizer:
 
     Attributes:
         std: standard deviation of the noise on each coordinate that was kept.
+        keep: share of coordinates kept; the others are exactly zero, which shows the mask.
     """
 
     std: float = 0.0
+    keep: float = 1.0
 
 
 UNTREATED = Sanitizer()
@@ -190,6 +195,8 @@ def guess_rows(seen: LayerView, sanitizer: Sanitizer) -> Tensor:
     parts = [read_outs(seen, sanitizer), matched_filter(seen, sanitizer), lone_record(seen)]
     order = bins(seen)
     parts += [neighbours(seen, sanitizer, order, width) for width in WIDTHS]
+    if sanitizer.keep < 1.0:
+        parts.append(completion(seen))
     guesses = torch.cat(parts)
     return guesses[torch.isfinite(guesses).all(1)]
 
@@ -235,6 +242,38 @@ def neighbours(seen: LayerView, sanitizer: Sanitizer, order: list[Tensor], width
     return torch.cat(found)
 
 
+def differences(seen: LayerView, sanitizer: Sanitizer) -> Tensor:
+    """Return the read-outs of the step between any two neurons, each by its gain.
+
+    By its gain, a neuron's update is the sum of the records that fire it, each by its own error; so
+    two neurons that differ in a single record give it away. Among many pairs of neurons there is
+    one such for nearly every record of a small batch, in an honest model too. Not part of
+    `guess_rows`, whose figures are what honest servers are compared by.
+
+    Args:
+        seen: the attacked layer; needs a next layer with one output, otherwise gives nothing.
+        sanitizer: what is known of the update's treatment.
+
+    Returns:
+        [guesses, features]; at most PAIRED^2 / 2, none with a feature beyond FARTHEST.
+    """
+    if len(seen.sent_next) != 1:
+        return seen.weight.new_empty(0, seen.weight.shape[1])
+    chosen = seen.bias.abs().argsort(descending=True)[:PAIRED]
+    chosen = chosen[seen.gains[chosen] != 0.0]
+    gains = seen.gains[chosen]
+    one, other = torch.triu_indices(len(chosen), len(chosen), 1)
+    weight, bias = seen.weight[chosen] / gains[:, None], seen.bias[chosen] / gains
+    divisors = bias[one] - bias[other]
+    spread = gains[one].square().reciprocal() + gains[other].square().reciprocal()
+    std = sanitizer.std * spread.sqrt()
+    floor = 1e-6 * float(divisors.abs().max()) if len(divisors) else 0.0
+    stand_out = divisors.abs() > (STANDS_OUT * std).clamp_min(floor)
+    found = (weight[one] - weight[other])[stand_out] / divisors[stand_out, None]
+    shrunk = found / (1 + (std / divisors)[stand_out].square())[:, None]
+    return shrunk[(shrunk.abs() < FARTHEST).all(1)]
+
+
 def bins(seen: LayerView) -> list[Tensor]:
     """Return the rows that scan one direction, in the order of their cuts, for each of two signs.
 
@@ -273,6 +312,29 @@ def matched_filter(seen: LayerView, sanitizer: Sanitizer) -> Tensor:
         fires = records @ seen.sent_weight.T + seen.sent_bias > 0
         filters = fires * seen.gains
     return torch.cat(found)
+
+
+def completion(seen: LayerView) -> Tensor:
+    """Return the record that a masked layer, taken as of rank one, points to.
+
+    A mask that shows is no protection of its own: what it dropped of one neuron, another neuron
+    still has. Alternating least squares over the coordinates that were kept fill it in.
+
+    Returns:
+        [2, features]: started from the first singular direction, and from the next layer's weights.
+    """
+    joined = torch.cat([seen.weight, seen.bias[:, None]], 1)  # [neurons, features + 1]
+    kept = (joined != 0.0).double()
+    left, _, _ = torch.linalg.svd(joined, full_matrices=False)
+    found = []
+    for start in (left[:, 0], seen.gains):
+        neurons = start
+        for _ in range(FILLINGS):
+            record = (joined.T @ neurons) / (kept.T @ neurons.square()).clamp_min(1e-30)
+            record = record / record.norm().clamp_min(1e-30)
+            neurons = (joined @ record) / (kept @ record.square()).clamp_min(1e-30)
+        found.append(torch.nan_to_num(record[:-1] / record[-1]))
+    return torch.stack(found)
 
 
 def lone_record(seen: LayerView) -> Tensor:
