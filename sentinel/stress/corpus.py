@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from sentinel.detection.rounds import loss_of
 from sentinel.detection.synthetic import Columns
-from sentinel.stress.servers import crafting as servers
+from sentinel.stress import servers
+from sentinel.stress.nets import lenet, mlp
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -41,15 +42,6 @@ class Residual(nn.Module):
         return torch.relu(x + self.bn2(self.conv2(inner)))
 
 
-def mlp(*widths: int) -> nn.Sequential:
-    """Return fully connected layers with ReLU between them."""
-    parts: list[nn.Module] = []
-    for index in range(len(widths) - 1):
-        parts.append(nn.Linear(widths[index], widths[index + 1]))
-        parts.append(nn.ReLU())
-    return nn.Sequential(*parts[:-1])
-
-
 def small_cnn(classes: int) -> nn.Sequential:
     """Return three strided convolutions and one dense layer, for 1 x 28 x 28."""
     return nn.Sequential(
@@ -61,22 +53,6 @@ def small_cnn(classes: int) -> nn.Sequential:
         nn.ReLU(),
         nn.Flatten(),
         nn.Linear(1568, classes),
-    )
-
-
-def lenet(hidden: int, classes: int) -> nn.Sequential:
-    """Return LeNet with ReLU and max pooling, for 1 x 28 x 28."""
-    return nn.Sequential(
-        nn.Conv2d(1, 6, 5, padding=2),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(6, 16, 5),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(400, hidden),
-        nn.ReLU(),
-        nn.Linear(hidden, classes),
     )
 
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 State = dict[str, Tensor]
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.GroupNorm
 
 
 def copied(state: Mapping[str, Tensor]) -> State:
@@ -22,12 +24,53 @@ def copied(state: Mapping[str, Tensor]) -> State:
 
 
 def linear_layers(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
-    """Names of the fully connected layers whose weight and bias the state holds, in model order."""
+    """Names of the fully connected layers whose weight and bias the state holds, in model order.
+
+    Those inside an attention are left out: no activation follows them, so no neuron of theirs
+    stays silent.
+    """
+    attentions = tuple(f"{name}." for name in attention_layers(model))
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and {f"{name}.weight", f"{name}.bias"} <= state.keys()
+        if isinstance(module, nn.Linear)
+        and {f"{name}.weight", f"{name}.bias"} <= state.keys()
+        and not name.startswith(attentions)
     ]
+
+
+def attention_layers(model: nn.Module) -> list[str]:
+    """Names of the attention layers: torch's own, and any whose class is called so."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if name
+        and (
+            isinstance(module, nn.MultiheadAttention)
+            or "attention" in type(module).__name__.lower()
+        )
+    ]
+
+
+def convolutions(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """Names of the convolutions whose kernels the state holds, in model order."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, Convolution) and f"{name}.weight" in state
+    ]
+
+
+def last_norm(model: nn.Module, state: Mapping[str, Tensor], channels: int) -> str | None:
+    """Name of the last batch or group normalisation with a bias of `channels` entries, if any."""
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, Norm)
+        and f"{name}.bias" in state
+        and len(state[f"{name}.bias"]) == channels
+    ]
+    return names[-1] if names else None
 
 
 def attacked_pair(
@@ -56,6 +99,22 @@ def attacked_pair(
     raise MisuseError(msg)
 
 
+def has_pair(model: nn.Module, state: Mapping[str, Tensor]) -> bool:
+    """Whether the first fully connected layer feeds another."""
+    try:
+        attacked_pair(model, state)
+    except MisuseError:
+        return False
+    return True
+
+
+def loaded(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """Return a copy of the model that holds `state`; the model itself is not touched."""
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(state)
+    return twin
+
+
 def layer_inputs(
     model: nn.Module, state: Mapping[str, Tensor], records: Tensor, layer: str
 ) -> Tensor:
@@ -68,19 +127,31 @@ def layer_inputs(
         layer: name of a fully connected layer.
 
     Returns:
-        [n, d], flattened.
+        [n, d], flattened: one row for each record, or for each token of each record.
     """
-    twin = copy.deepcopy(model)
-    twin.load_state_dict(state)
-    twin.eval()
-    seen: list[Tensor] = []
-    twin.get_submodule(layer).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    twin = loaded(model, state).eval()
     with torch.no_grad():
-        twin(records)
+        return recorded_inputs(twin, records, layer)[1]
+
+
+def recorded_inputs(model: nn.Module, records: Tensor, layer: str) -> tuple[Tensor, Tensor]:
+    """Run the model as it stands, and return its output and what reached `layer`, [n, d].
+
+    Raises:
+        MisuseError: the forward pass does not reach the layer.
+    """
+    seen: list[Tensor] = []
+    handle = model.get_submodule(layer).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0])
+    )
+    try:
+        output = model(records)
+    finally:
+        handle.remove()
     if not seen:
         msg = f"layer {layer!r} is not reached in a forward pass; name one that is"
         raise MisuseError(msg)
-    return seen[0].flatten(0, -2)
+    return output, seen[0].flatten(0, -2)
 
 
 def chosen_layer(names: list[str], layer: str | None, default: int) -> str:

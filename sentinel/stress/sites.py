@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sentinel.stress.corpus import NETS, Net, Task, fresh, mlp, train
+from sentinel.stress.corpus import NETS, Net, Task, fresh, train
+from sentinel.stress.nets import mlp
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

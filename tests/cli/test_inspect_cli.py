@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from sentinel.cli.inspect import inspect_command
-from sentinel.stress import corpus
-from sentinel.stress.servers import crafting as servers
+from sentinel.stress import corpus, servers
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,7 +14,7 @@ from sentinel.demo.hearts import auc, network, run_hearts
 from sentinel.demo.hospitals import BareDoor, GuardedDoor, Loop, Site, update_norm
 from sentinel.errors import MisuseError
 from sentinel.stress.layers import copied
-from sentinel.stress.servers.crafting import binning
+from sentinel.stress.servers import binning
 
 if TYPE_CHECKING:
     from pathlib import Path

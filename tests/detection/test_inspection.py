@@ -10,8 +10,7 @@ from torch import nn
 
 from sentinel.detection import History, Kind, inspect_global_model
 from sentinel.errors import MisuseError
-from sentinel.stress import corpus
-from sentinel.stress.servers import crafting as servers
+from sentinel.stress import corpus, servers
 from sentinel.terms import Verdict
 
 

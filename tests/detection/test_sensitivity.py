@@ -14,8 +14,7 @@ from sentinel.detection.reference import RELATIVE
 from sentinel.detection.rounds import Spec, drawn_labels, local_round, measured_leakage
 from sentinel.detection.sensitivity import BLIND
 from sentinel.errors import MisuseError, Withheld
-from sentinel.stress import corpus
-from sentinel.stress.servers import crafting as servers
+from sentinel.stress import corpus, servers
 from sentinel.terms import Reason
 from sentinel.update import Update
 

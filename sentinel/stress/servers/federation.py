@@ -5,10 +5,12 @@ Both have the same two methods, so a hospital cannot tell which one it talks to.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
+from sentinel.errors import MisuseError
 from sentinel.stress.layers import State, copied
 
 if TYPE_CHECKING:
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from sentinel.stress.servers.crafting import Craft
+    from sentinel.stress.servers.craft import Craft
 
 
 class FedAvgServer:
@@ -29,9 +31,9 @@ class FedAvgServer:
         """Start from a copy of `state`."""
         self._state = copied(state)
 
-    def global_state(self, number: int) -> State:
-        """Return a copy of the global model for round `number`."""
-        del number
+    def global_state(self, number: int, client: str | None = None) -> State:
+        """Return a copy of the global model for round `number`, the same for every client."""
+        del number, client
         return copied(self._state)
 
     def aggregate(
@@ -54,47 +56,74 @@ class FedAvgServer:
 
 
 class MaliciousServer(FedAvgServer):
-    """A server that turns in one round: it hands out a crafted model and keeps what it gets.
+    """A server that turns: in some rounds it hands out a crafted model and keeps what it gets.
 
-    Before and after, it behaves as the honest one, from the model it had: the updates of the
-    crafted round are read and thrown away.
+    Before and after, it behaves as the honest one, from the model it had: the updates of a crafted
+    round are read and thrown away. So rounds of a scan all start from the same model.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each is one free choice of the attacker, by keyword
         self,
         state: Mapping[str, Tensor],
         model: nn.Module,
-        craft: Craft,
+        craft: Craft | Sequence[Craft],
         *,
         turns_at: int,
         generator: torch.Generator,
+        every: int | None = None,
+        clients: Mapping[str, Craft] | None = None,
     ) -> None:
         """Start honest.
 
         Args:
             state: the first global state.
             model: the architecture, for the crafting function.
-            craft: the crafting function.
-            turns_at: number of the round that is crafted.
+            craft: the crafting function; or several, one for each turn, and then from the first
+                again.
+            turns_at: number of the first round that is crafted.
             generator: the attacker's randomness.
+            every: turn again after so many rounds; once only where left out.
+            clients: what single clients get in place of `craft`, by name.
+
+        Raises:
+            MisuseError: no craft, or `every` is not positive.
         """
         super().__init__(state)
-        self._model, self._craft, self._generator = model, craft, generator
-        self.turns_at = turns_at
+        self._crafts = tuple(craft) if isinstance(craft, Sequence) else (craft,)
+        if not self._crafts or (every is not None and every < 1):
+            msg = "a malicious server needs a craft, and `every` of at least 1 or left out"
+            raise MisuseError(msg)
+        self._model, self._generator = model, generator
+        self._clients = dict(clients or {})
+        self.turns_at, self._every = turns_at, every
+        self._sent: dict[tuple[int, str | None], State] = {}
         self.crafted: State | None = None
 
-    def global_state(self, number: int) -> State:
-        """Return the crafted model in the round where the server turns, else the honest one."""
-        honest = super().global_state(number)
-        if number != self.turns_at:
+    def turn(self, number: int) -> int | None:
+        """Return how many crafted rounds lie before round `number`; none if that is honest."""
+        since = number - self.turns_at
+        if self._every is None:
+            return 0 if since == 0 else None
+        return since // self._every if since >= 0 and since % self._every == 0 else None
+
+    def global_state(self, number: int, client: str | None = None) -> State:
+        """Return the crafted model in a round where the server turns, else the honest one."""
+        honest = super().global_state(number, client)
+        turn = self.turn(number)
+        if turn is None:
             return honest
-        if self.crafted is None:  # every client asks; all get the same
-            self.crafted = self._craft(self._model, honest, generator=self._generator)
+        key = number, client if client in self._clients else None
+        if key not in self._sent:  # every client asks; those of a kind get the same
+            craft = self._crafts[turn % len(self._crafts)]
+            if client is not None:
+                craft = self._clients.get(client, craft)
+            self._sent[key] = craft(self._model, honest, generator=self._generator)
+        self.crafted = self._sent[key]
         return copied(self.crafted)
 
     def aggregate(
         self, number: int, states: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, float]
     ) -> None:
-        """Average as the honest server does; what comes back of the crafted round is not used."""
-        if number != self.turns_at:
+        """Average as the honest server does; what comes back of a crafted round is not used."""
+        if self.turn(number) is None:
             super().aggregate(number, states, weights)

@@ -1,0 +1,241 @@
+"""Every malicious server by name, with its family, one plain sentence, and where it is from."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sentinel.errors import MisuseError
+from sentinel.stress.servers.binning import binning, isolation, sparse_binning
+from sentinel.stress.servers.convolutions import loki, pass_through
+from sentinel.stress.servers.craft import NOTHING, Craft, Public, then
+from sentinel.stress.servers.fishing import class_separation, fishing_class, fishing_feature
+from sentinel.stress.servers.learned import learned_dominance, learned_neurons
+from sentinel.stress.servers.lines import Direction
+from sentinel.stress.servers.scan import scan
+from sentinel.stress.servers.sparse import qbi, trap_weights
+from sentinel.stress.servers.suppression import suppression
+from sentinel.stress.servers.transformer import token_bins
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    import torch
+    from torch import Tensor, nn
+
+    from sentinel.stress.layers import State
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """One malicious server.
+
+    Attributes:
+        name: as figures and reports call it.
+        family: A to G of the catalogue of attacks; H are the wrappers in `stealth`.
+        sentence: what it does, in one plain sentence.
+        source: the paper.
+        function: the crafting function.
+        inputs: the public inputs it takes, names of `Public`.
+        needs: those of them it cannot do without.
+    """
+
+    name: str
+    family: str
+    sentence: str
+    source: str
+    function: Callable[..., State]
+    inputs: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+
+    def craft(self, public: Public = NOTHING) -> Craft:
+        """Return the craft with its public inputs bound.
+
+        Raises:
+            MisuseError: an input that the recipe needs is not there.
+        """
+        given = {name: getattr(public, name) for name in self.inputs}
+        if missing := [name for name in self.needs if given[name] is None]:
+            msg = f"{self.name} needs public {' and '.join(missing)}; give them as Public(...)"
+            raise MisuseError(msg)
+        return functools.partial(self.function, **given)
+
+
+def traps_behind_identity(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    generator: torch.Generator,
+    sample: Tensor | None = None,
+    batch: int = 32,
+) -> State:
+    """Trap weights that see the image itself, through convolutions made transparent."""
+    traps = functools.partial(trap_weights, sample=sample, batch=batch)
+    return then(pass_through, traps)(model, state, generator=generator)
+
+
+FOWL = "Fowl et al., ICLR 2022, arXiv 2110.13057"
+BOENISCH = "Boenisch et al., EuroS&P 2023, arXiv 2112.02918"
+WEN = "Wen et al., ICML 2022, arXiv 2202.00580"
+
+RECIPES: tuple[Recipe, ...] = (
+    Recipe(
+        "binning-gaussian",
+        "A",
+        "All neurons scan one random direction at rising thresholds.",
+        FOWL,
+        functools.partial(binning, scale=0.1),
+        ("sample",),
+    ),
+    Recipe(
+        "binning-mean",
+        "A",
+        "All neurons scan the mean of a record's values.",
+        FOWL,
+        functools.partial(binning, direction=Direction.MEAN, scale=0.1),
+        ("sample",),
+    ),
+    Recipe(
+        "binning-cosine",
+        "A",
+        "All neurons scan the first cosine wave over a record's values.",
+        FOWL,
+        functools.partial(binning, direction=Direction.COSINE, scale=0.1),
+        ("sample",),
+    ),
+    Recipe(
+        "binning-scaled",
+        "A",
+        "Bins shrunk a hundredfold, so that several local steps stay close to one.",
+        "Shi et al., NDSS 2025",
+        functools.partial(binning, scale=0.01),
+        ("sample",),
+    ),
+    Recipe(
+        "binning-sparse",
+        "A",
+        "Bins divided by their width, of which two neighbours make a bounded step.",
+        FOWL,
+        sparse_binning,
+        ("sample",),
+    ),
+    Recipe(
+        "isolation",
+        "A",
+        "All neurons stand at one cut that the outermost record alone passes.",
+        FOWL,
+        isolation,
+        ("sample", "batch"),
+        ("sample",),
+    ),
+    Recipe(
+        "loki",
+        "A",
+        "Each client's images go through kernels and channels of its own into bins.",
+        "Zhao et al., IEEE S&P 2024, arXiv 2303.12233",
+        loki,
+        ("sample",),
+    ),
+    Recipe(
+        "trap-weights",
+        "B",
+        "The negative half of each row outweighs the positive, so few records fire it.",
+        BOENISCH,
+        trap_weights,
+        ("sample", "batch"),
+    ),
+    Recipe(
+        "trap-weights-identity",
+        "B",
+        "Trap weights behind convolutions that pass the image through.",
+        BOENISCH,
+        traps_behind_identity,
+        ("sample", "batch"),
+    ),
+    Recipe(
+        "qbi",
+        "B",
+        "Each neuron's bias lets one record of a batch past.",
+        "Nowak et al., 2024, arXiv 2406.18745",
+        qbi,
+        ("sample", "batch"),
+    ),
+    Recipe(
+        "fishing-class",
+        "C",
+        "The loss is certain about every class but one.",
+        WEN,
+        fishing_class,
+    ),
+    Recipe(
+        "fishing-feature",
+        "C",
+        "One feature of one class is magnified, and records past a threshold fall silent.",
+        WEN,
+        fishing_feature,
+        ("sample", "batch"),
+    ),
+    Recipe(
+        "class-separation",
+        "C",
+        "Each class has neurons of its own, so a batch falls apart into its classes.",
+        "Wang et al., WACV 2024",
+        class_separation,
+        ("sample",),
+    ),
+    Recipe(
+        "token-bins",
+        "D",
+        "Attention is made transparent and feed-forward rows scan single tokens.",
+        "Fowl et al., 2022, arXiv 2201.12675",
+        token_bins,
+        ("sample",),
+    ),
+    Recipe(
+        "suppression",
+        "E",
+        "A layer is dead for all clients but one, so their sum is that one's update.",
+        "Pasquini et al., CCS 2022, arXiv 2111.07380",
+        suppression,
+    ),
+    Recipe(
+        "learned-neurons",
+        "F",
+        "The net is trained so that each record of a batch has neurons of its own.",
+        "after Garov et al., ICLR 2024, arXiv 2306.03013",
+        learned_neurons,
+        ("sample", "batch"),
+        ("sample",),
+    ),
+    Recipe(
+        "learned-dominance",
+        "F",
+        "The net is trained so that one record of a batch has most of the gradient.",
+        "after Shan et al., ICCV 2025, arXiv 2411.14937",
+        learned_dominance,
+        ("sample", "labels", "batch"),
+        ("sample",),
+    ),
+    Recipe(
+        "scan",
+        "G",
+        "Parallel rows scan one part of a line in each round, and the next part in the next.",
+        "Diana, 2025, arXiv 2505.10264",
+        scan,
+        ("sample",),
+    ),
+)
+
+
+def recipe(name: str) -> Recipe:
+    """Return the recipe of this name.
+
+    Raises:
+        MisuseError: there is none.
+    """
+    for one in RECIPES:
+        if one.name == name:
+            return one
+    msg = f"no malicious server is called {name!r}; there are {', '.join(r.name for r in RECIPES)}"
+    raise MisuseError(msg)

@@ -1,0 +1,59 @@
+"""Scanning over rounds reads as a layer so many times wider would."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from sentinel.errors import MisuseError
+from sentinel.stress import nets, servers
+from sentinel.stress.servers.leak import measure_rounds
+
+if TYPE_CHECKING:
+    from sentinel.stress.layers import State
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_four_rounds_read_most_of_a_batch_that_one_round_reads_little_of() -> None:
+    """64 records in 32 neurons: one round has too few bins for them, four have enough."""
+    model = nets.drawn(lambda: nets.mlp(13, 32, 1), seeded(1))
+    state = servers.copied(model.state_dict())
+    batch = torch.randn(64, 13, generator=seeded(2)), torch.arange(64) % 2
+    sample = torch.randn(2000, 13, generator=seeded(3))
+
+    def part(number: int, parts: int) -> State:
+        return servers.scan(
+            model, state, generator=seeded(), part=number, parts=parts, sample=sample
+        )
+
+    once = measure_rounds(model, state, [part(0, 1)], batch)
+    scanned = measure_rounds(model, state, [part(number, 8) for number in range(8)], batch)
+    assert once.share < 0.3
+    assert scanned.share > 2 * once.share
+    assert scanned.share > 0.6
+    assert once.honest_share < 0.1
+
+
+def test_the_parts_tile_the_line_and_neighbours_share_a_cut() -> None:
+    model = nets.drawn(lambda: nets.mlp(13, 32, 1), seeded(1))
+    cuts = []
+    for number in range(4):
+        sent = servers.scan(
+            model, model.state_dict(), generator=seeded(), part=number, parts=4, scale=1.0
+        )
+        cuts.append(-sent["0.bias"])
+    assert all(torch.isclose(cuts[index][-1], cuts[index + 1][0]) for index in range(3))
+    rising = torch.cat([cuts[0], *(part[1:] for part in cuts[1:])])
+    assert (rising.diff() > 0).all()
+
+
+def test_a_part_that_is_not_there_is_refused() -> None:
+    model = nets.mlp(13, 32, 1)
+    for part in (-1, 4):
+        with pytest.raises(MisuseError, match="part must be from 0 to 3"):
+            servers.scan(model, model.state_dict(), generator=seeded(), part=part, parts=4)
