@@ -124,7 +124,7 @@ def drafted(path: Path) -> Iterator[Path]:
 
 
 def publish(draft: Path, path: Path) -> None:
-    """Give a durable draft its name, durably: a crash leaves what was there, or the draft, whole."""
+    """Give a durable draft its name: a crash leaves what was there, or the draft, whole."""
     draft.replace(path)
     sync_folder(path.parent)
 

@@ -27,11 +27,11 @@ def demo_command(
 ) -> None:
     """Four real hospitals learn together, the server turns on them, and X-rays are rebuilt."""
     from sentinel.demo.heart_result import Settings
-    from sentinel.demo.png import grey_png
     from sentinel.demo.report import montage, report_html
     from sentinel.demo.run import figures, run_demo
     from sentinel.demo.xray_result import XraySettings
     from sentinel.durable import replace_file
+    from sentinel.page.png import grey_png
 
     with progress("four hospitals") as on_hearts, progress("chest X-rays") as on_xrays:
         result = run_demo(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 import sentinel
-from sentinel.cli import audit, budget, detectors, policy
+from sentinel.cli import audit, budget, detectors, policy, stress
 from sentinel.cli.console import SentinelGroup
 from sentinel.cli.demo import demo_command
 from sentinel.cli.inspect import inspect_command
@@ -25,6 +25,7 @@ app.add_typer(policy.app, name="policy")
 app.add_typer(budget.app, name="budget")
 app.add_typer(audit.app, name="audit")
 app.add_typer(detectors.app, name="detectors")
+app.add_typer(stress.app, name="stress")
 
 
 @app.callback(invoke_without_command=True)

@@ -26,10 +26,11 @@ from sentinel.crew import one_thread
 from sentinel.demo import cohorts
 from sentinel.demo.heart_result import Example, HeartsResult, Note, Settings
 from sentinel.demo.hospitals import BareDoor, Door, GuardedDoor, Outcome, Site
+from sentinel.stress.auc import auc
 from sentinel.stress.layers import State, attacked_pair, copied
 from sentinel.stress.passive import tabular
 from sentinel.stress.passive.tabular import Reads, measure_reads
-from sentinel.stress.servers.crafting import binning
+from sentinel.stress.servers import binning
 from sentinel.stress.servers.federation import MaliciousServer
 
 if TYPE_CHECKING:
@@ -96,18 +97,6 @@ def network(features: int, hidden: int, generator: torch.Generator) -> nn.Sequen
         nn.init.uniform_(layer.weight, -spread, spread, generator=generator)
         nn.init.uniform_(layer.bias, -spread, spread, generator=generator)
     return nn.Sequential(layers[0], nn.ReLU(), layers[1])
-
-
-def auc(scores: Tensor, labels: Tensor) -> float:
-    """Return the share of (ill, healthy) pairs in the right order; a tie counts half.
-
-    Args:
-        scores: [n], larger means more likely ill.
-        labels: [n], 0 or 1, both present.
-    """
-    ill, healthy = scores[labels == 1], scores[labels == 0]
-    ahead = ill[:, None] - healthy[None, :]
-    return float((ahead > 0).double().mean() + 0.5 * (ahead == 0).double().mean())
 
 
 @dataclass(frozen=True, slots=True)

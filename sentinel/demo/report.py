@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sentinel.demo.png import data_uri
+from sentinel.page.html import document, table
+from sentinel.page.png import data_uri
 from sentinel.terms import Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -20,47 +21,6 @@ if TYPE_CHECKING:
     from sentinel.demo.run import DemoResult
     from sentinel.demo.xray_result import XrayPictures, XrayResult
     from sentinel.stress.passive.tabular import Reads
-
-_STYLE = """
-:root { --ink: #1c2530; --soft: #5b6875; --line: #d9dfe5; --good: #2f7d5b; --bad: #b3413a;
-  --wait: #c58a1b; --paper: #fff; --tint: #f4f6f8; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6ebf0; --soft: #9aa7b4; --line: #34404c;
-  --good: #5cb98c; --bad: #e0736b; --wait: #dcae4f; --paper: #12181f; --tint: #1b232c; } }
-body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 60rem; margin: 3rem auto; padding: 0 1.5rem; }
-h1 { font-size: 1.9rem; margin-bottom: .2rem; } h2 { margin-top: 3rem; }
-p.lead, figcaption, .soft { color: var(--soft); }
-table { border-collapse: collapse; width: 100%; margin: 1rem 0;
-  font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .35rem .7rem; border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child { min-width: 11rem; }
-th { font-weight: 600; } td.n, th.n { text-align: right; }
-.good { color: var(--good); font-weight: 600; } .bad { color: var(--bad); font-weight: 600; }
-figure { margin: 1.5rem 0; } figure img { width: 6.2rem; image-rendering: auto; display: block; }
-.wide { overflow-x: auto; }
-.strip { display: grid; grid-template-columns: 9rem; grid-auto-flow: column;
-  grid-auto-columns: 6.2rem; gap: .4rem; align-items: center; width: max-content; }
-.strip > span { position: sticky; left: 0; background: var(--paper); }
-.cells { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(.95rem, 1fr); gap: 3px; }
-.mark { font-size: .7rem; line-height: 1.15rem; font-weight: 600; text-align: center;
-  border-radius: 2px; color: var(--paper); background: var(--good); }
-.mark.refused { background: var(--bad); }
-.mark.withheld { background: var(--wait); color: #1c2530; }
-p .mark { display: inline-block; width: 1.15rem; }
-.rounds { display: grid; grid-template-columns: 8rem 1fr; gap: .35rem .8rem; align-items: center;
-  overflow-x: auto; }
-details { margin: 1rem 0; } summary { cursor: pointer; } details table { font-size: .85rem; }
-details td.n, details th.n { text-align: left; vertical-align: top; min-width: 11rem; }
-details th:first-child, details td:first-child { min-width: 3rem; }
-.side { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1rem;
-  font-size: .85rem; } .side td, .side th { padding: .15rem .4rem; }
-.side th:first-child, .side td:first-child { min-width: 4rem; }
-.note { background: var(--tint); padding: .8rem 1rem; border-radius: .4rem; }
-@media (max-width: 40rem) {
-  body { margin: 1.5rem auto; padding: 0 1rem; } th, td { padding: .35rem .4rem; }
-  .strip { grid-template-columns: 6.4rem; font-size: .85rem; }
-  .rounds { grid-template-columns: 1fr; gap: .15rem; } }
-"""
 
 # Letters beside the colours: some readers do not tell green from red.
 _MARKS = {
@@ -84,12 +44,7 @@ def report_html(result: DemoResult) -> str:
             _limits(),
         ]
     )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Gradient Sentinel: demo</title><style>{_STYLE}</style></head>"
-        f"<body>\n{body}\n</body></html>\n"
-    )
+    return document("Gradient Sentinel: demo", body)
 
 
 def _opening(result: DemoResult) -> str:
@@ -133,7 +88,7 @@ def _summary(hearts: HeartsResult, xrays: XrayResult) -> str:
             _of_all(xrays.reid_top1, xrays),
         ),
     ]
-    return _table(("", "without", "with the guard"), rows)
+    return table(("", "without", "with the guard"), rows)
 
 
 def _utility(hearts: HeartsResult) -> str:
@@ -150,7 +105,7 @@ def _utility(hearts: HeartsResult) -> str:
 <p>Fed-Heart-Disease, federated averaging, {hearts.settings.rounds} rounds, one hidden layer of
 {hearts.settings.hidden} units, policy <code>{escape(hearts.settings.policy)}</code>. AUC on
 held-out patients, {averaged}, paired by split and start.</p>
-{_table(("hospital", "AUC without", "AUC with the guard"), rows)}
+{table(("hospital", "AUC without", "AUC with the guard"), rows)}
 <p class="soft">Lost in each repeat, mean over hospitals: {spread}.</p>"""
 
 
@@ -195,7 +150,7 @@ def _decisions(notes: Sequence[Note], sites: Sequence[str]) -> str:
         (str(number), *(found.get((number, site), "-") for site in sites))
         for number in sorted({note.number for note in notes})
     ]
-    return _table(("round", *sites), rows)
+    return table(("round", *sites), rows)
 
 
 def _decided(note: Note) -> str:
@@ -240,7 +195,7 @@ not behind the update. The attacker estimates the noise from the update, average
 and uses the rank-one matched filter over all neurons. "Without inspection" is one round of this
 attack at three scales; a server that aims at one patient for many rounds is not part of it. The
 bound takes patients as independent.</p>
-{_table(head, rows)}
+{table(head, rows)}
 <p>Patients whom the server read (public data):</p>
 <div class="side">{"".join(_example(example) for example in hearts.examples)}</div>"""
 
@@ -264,8 +219,8 @@ def _example(example: Example) -> str:
         )
         for name in example.truth
     ]
-    table = _table((example.site, "patient", "read without", "best guess with"), rows)
-    return f"""<figure>{table}<figcaption>Relative error {read} without, {guessed} with the guard
+    columns = table((example.site, "patient", "read without", "best guess with"), rows)
+    return f"""<figure>{columns}<figcaption>Relative error {read} without, {guessed} with the guard
 (which withheld nothing here: the inspection was switched off).</figcaption></figure>"""
 
 
@@ -297,7 +252,7 @@ gradient</span>{_image(shown.lone)}{_image(shown.lone_reconstructed)}</div></div
 {done.norm:.3f} is bounded by {done.max_norm:.3g}, noise of norm {done.noise_norm:.3g} is added, and
 {"all coordinates are" if done.keep == 1 else f"{done.keep:.0%} of the coordinates are"} kept.</p>
 {_strips(shown)}
-{_table(("attacker", "SSIM, raw", "SSIM, released"), attackers)}
+{table(("attacker", "SSIM, raw", "SSIM, released"), attackers)}
 <p>Knowing nothing but public images scores {xrays.ssim_class_mean:.3f} (the class mean); the best
 attacker on the released update scores {xrays.ssim_sanitized:.3f}. Among 100 X-rays of its class it
 ranks the true one first for {_of_all(xrays.reid_top1, xrays)}, and from the raw update for
@@ -363,16 +318,3 @@ PneumoniaMNIST (MedMNIST v2, Yang et al. 2023, after Kermany et al. 2018; CC BY 
 
 def _image(picture: NDArray[np.uint8]) -> str:
     return f'<img alt="chest X-ray" src="{data_uri(picture)}">'
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    def line(tag: str, cells: Sequence[str]) -> str:
-        first, *others = (escape(cell) for cell in cells)
-        return (
-            f"<tr><{tag}>{first}</{tag}>"
-            + "".join(f'<{tag} class="n">{cell}</{tag}>' for cell in others)
-            + "</tr>"
-        )
-
-    body = line("th", head) + "".join(line("td", row) for row in rows)
-    return f'<div class="wide"><table>{body}</table></div>'

@@ -7,8 +7,8 @@ import zlib
 import numpy as np
 import pytest
 
-from sentinel.demo.png import data_uri, grey_png
 from sentinel.errors import MisuseError
+from sentinel.page.png import data_uri, grey_png
 
 
 def decoded(content: bytes) -> tuple[dict[bytes, bytes], np.ndarray]:

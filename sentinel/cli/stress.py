@@ -1,0 +1,262 @@
+"""`sentinel stress`: attack the site's own updates, raw and as the policy lets them out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from sentinel.cli.console import (
+    REFUSED,
+    AsJson,
+    SentinelGroup,
+    console,
+    print_json,
+    progress,
+    say_error,
+)
+from sentinel.errors import MisuseError
+
+if TYPE_CHECKING:
+    from sentinel.stress.lab.result import Result
+
+app = typer.Typer(
+    cls=SentinelGroup,
+    pretty_exceptions_enable=False,  # they print local variables, and those hold tensors
+    help="Attack your own updates before someone else does.",
+)
+
+_DEMO_MINUTES, _MINUTES = 4.0, 10.0
+# name, model, data, policy, share of the time that is left
+_DEMO = (
+    ("Heart-disease records", "heart_net", "hearts", "tabular-ehr", 0.35),
+    ("Chest X-rays", "xray_model", "xrays", "chest-xray", 1.0),
+)
+
+Model = Annotated[
+    str | None, typer.Option(help="package.module:factory, which gives a torch.nn.Module.")
+]
+Data = Annotated[str | None, typer.Option(help="package.module:loader, which gives the records.")]
+Policy = Annotated[
+    str | None, typer.Option("--policy", help="Name of a shipped policy, or a policy file.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def stress_command(
+    ctx: typer.Context,
+    model: Model = None,
+    data: Data = None,
+    policy: Policy = None,
+    demo: Annotated[bool, typer.Option("--demo", help="On the public data of the demo.")] = False,
+    budget: Annotated[
+        float | None,
+        typer.Option(help="Minutes that it may take; 10 where left out, 3 for the demo."),
+    ] = None,
+    attacks: Annotated[
+        str, typer.Option(help="Names of attacks, with commas between; all where left out.")
+    ] = "",
+    curves: Annotated[bool, typer.Option(help="Turn the policy's knobs as well.")] = True,
+    out: Annotated[Path, typer.Option(help="Folder for stress.html and stress.json.")] = Path(
+        "stress-output"
+    ),
+    redact: Annotated[
+        bool, typer.Option("--redact", help="Error maps in the place of records and guesses.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the attacker; never of the guard's noise.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Attack your own updates, raw and as the policy lets them out.
+
+    Exit code 1 where an attacker got something out of what was released, where everything was
+    withheld, or where the test was stopped.
+    """
+    if ctx.invoked_subcommand is not None:
+        return
+    _require_options(model, data, policy, demo=demo)
+    _require_folder(out)
+    minutes = budget if budget is not None else _DEMO_MINUTES if demo else _MINUTES
+    if not minutes > 0.0:
+        raise MisuseError("--budget must be a number of minutes above 0.")
+    names = tuple(name.strip() for name in attacks.split(",") if name.strip())
+    if demo:
+        results = _run_demo(names, minutes * 60, seed, curves=curves)
+    else:
+        results = [_run(str(model), str(data), str(policy), names, minutes * 60, seed, curves)]
+    if not any(result.rows for result in results):
+        say_error("Nothing was measured, so that nothing was written. Give it more time.")
+        raise typer.Exit(REFUSED)
+    _write(results, out, redact=redact, as_json=as_json)
+    if any(result.leaks or result.withheld_entirely or result.interrupted for result in results):
+        raise typer.Exit(REFUSED)
+
+
+def _require_options(
+    model: str | None, data: str | None, policy: str | None, *, demo: bool
+) -> None:
+    given = [value is not None for value in (model, data, policy)]
+    if demo and any(given):
+        raise MisuseError("--demo brings its own model, data and policies; leave the others out.")
+    if not demo and not all(given):
+        raise MisuseError("Give --model, --data and --policy, or --demo.")
+
+
+def _require_folder(out: Path) -> None:
+    """Refuse a folder that cannot be written before anything is run."""
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise MisuseError("--out must be a folder, and no link: records of patients are written.")
+
+
+def _run(
+    model: str,
+    data: str,
+    policy: str,
+    attacks: tuple[str, ...],
+    seconds: float,
+    seed: int,
+    curves: bool,
+) -> Result:
+    import torch
+
+    from sentinel.policy import load_policy
+    from sentinel.stress.lab.loading import load_subject
+    from sentinel.stress.lab.runner import Options, run_lab
+
+    loaded = load_policy(policy)
+    subject = load_subject(model, data, torch.Generator().manual_seed(seed))
+    with progress(policy) as on_step:
+        return run_lab(subject, loaded, Options(attacks, seconds, curves, seed), on_step)
+
+
+def _run_demo(attacks: tuple[str, ...], seconds: float, seed: int, *, curves: bool) -> list[Result]:
+    import dataclasses
+
+    from sentinel.stress.lab.deadline import Deadline
+
+    home = "sentinel.demo.subjects"
+    results: list[Result] = []
+    deadline = Deadline.after(seconds)
+    for name, model, data, policy, share in _DEMO:
+        found = _run(
+            f"{home}:{model}",
+            f"{home}:{data}",
+            policy,
+            attacks,
+            deadline.left * share,
+            seed,
+            curves,
+        )
+        results.append(dataclasses.replace(found, name=name))
+        if found.interrupted:
+            break
+    return results
+
+
+def _write(results: list[Result], out: Path, *, redact: bool, as_json: bool) -> None:
+    import json
+
+    from sentinel.durable import replace_file
+    from sentinel.stress.lab.page import page
+    from sentinel.stress.lab.record import record
+
+    figures = record(results)
+    html = page(results, str(out.resolve()), redacted=redact)
+    out.mkdir(mode=0o700, parents=True, exist_ok=True)
+    replace_file(out / "stress.json", json.dumps(figures, indent=2, sort_keys=True).encode())
+    replace_file(out / "stress.html", html.encode())
+    if as_json:
+        print_json(figures)
+        return
+    for result in results:
+        _print(result)
+    console().print(f"Pictures and figures: {out.resolve() / 'stress.html'}", soft_wrap=True)
+
+
+def _print(result: Result) -> None:
+    from sentinel.stress.lab import words
+
+    screen = console()
+    screen.print(f"{result.name}, policy {result.policy}", style="bold", markup=False)
+    table = Table("condition", "attack", "without guard", "with the policy")
+    for row in result.rows:
+        table.add_row(
+            row.item.setting.words + (" (partial)" if row.partial else ""),
+            row.item.attack,
+            words.figure(row.raw),
+            words.figure(row.policy),
+        )
+    screen.print(table)
+    screen.print(words.verdict(result), markup=False, soft_wrap=True)
+    if result.partial:
+        screen.print("Partial: less was done than planned; the report lists what was not.")
+
+
+@app.command("calibrate")
+def calibrate_command(
+    model: Annotated[str, typer.Option(help="package.module:factory, as for the test.")],
+    data: Annotated[str, typer.Option(help="package.module:loader, as for the test.")],
+    policy: Annotated[str, typer.Option(help="The policy whose other parts are kept.")],
+    out: Annotated[Path, typer.Option(help="Policy file that is written; it must not exist.")],
+    target: Annotated[
+        str,
+        typer.Option(help="attack=gain that is allowed, with commas between; 'rows=0' for one."),
+    ] = "",
+    budget: Annotated[float, typer.Option(help="Minutes that it may take.")] = _MINUTES,
+    seed: Annotated[int, typer.Option(help="Of the attacker.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Find the weakest knobs that keep the attacks within a target, and write a policy file.
+
+    Under a promise it is fitted to the loader's public records alone. Exit code 1 where no knobs
+    reach the target; nothing is written then.
+    """
+    import torch
+
+    from sentinel.durable import replace_file
+    from sentinel.policy import load_policy
+    from sentinel.stress.lab.calibration import DEFAULT_TARGETS, calibrate
+    from sentinel.stress.lab.loading import load_subject
+
+    targets = _targets(target) or DEFAULT_TARGETS
+    if out.exists() or out.is_symlink():
+        raise MisuseError(f"{out} exists; name a file that does not.")
+    if not out.parent.is_dir():
+        raise MisuseError(f"There is no folder {out.parent}; make it first.")
+    if not budget > 0.0:
+        raise MisuseError("--budget must be a number of minutes above 0.")
+    loaded = load_policy(policy)
+    subject = load_subject(model, data, torch.Generator().manual_seed(seed))
+    with progress("calibration") as on_step:
+        found = calibrate(subject, loaded, targets, seconds=budget * 60, seed=seed, on_step=on_step)
+    lines = [one.words for one in found.evidence]
+    if found.text is not None:
+        replace_file(out, found.text.encode())
+    if as_json:
+        reached = found.text is not None
+        knobs = {"keep": found.keep, "max_norm": found.max_norm}
+        knobs |= {"noise_ratio": found.noise_ratio} if reached else {}
+        print_json({"reached": reached, "tried": found.tried, "evidence": lines, **knobs})
+    else:
+        for line in lines:
+            console().print(line, markup=False, soft_wrap=True)
+        said = (
+            f"noise_ratio {found.noise_ratio:g}, keep {found.keep:g}: {out}"
+            if found.text is not None
+            else "No knobs that were tried reach the target; nothing was written."
+        )
+        console().print(said, markup=False, soft_wrap=True)
+    if found.text is None:
+        raise typer.Exit(REFUSED)
+
+
+def _targets(text: str) -> dict[str, float]:
+    found = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, gain = part.partition("=")
+        try:
+            found[name.strip()] = float(gain)
+        except ValueError:
+            raise MisuseError("--target must be attack=number, as in rows=0.") from None
+    return found

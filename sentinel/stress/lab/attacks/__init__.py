@@ -1,0 +1,16 @@
+"""The attacks of the lab: one file per kind; a new one is an adapter and a line here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sentinel.stress.lab.attacks.labels import Labels
+from sentinel.stress.lab.attacks.membership import Membership
+from sentinel.stress.lab.attacks.pictures import Pictures
+from sentinel.stress.lab.attacks.rows import Rows
+
+if TYPE_CHECKING:
+    from sentinel.stress.lab.attack import Attack
+
+_ALL: tuple[Attack, ...] = (Rows(), Pictures(), Membership(), Labels())
+ATTACKS: dict[str, Attack] = {attack.name: attack for attack in _ALL}

@@ -1,0 +1,79 @@
+"""Labels: which classes are behind an update, read from its last layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from sentinel.stress.lab.finding import Finding, Tally
+from sentinel.stress.passive.labels import Probes, count_labels, lone_label
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sentinel.stress.lab.deadline import Deadline
+    from sentinel.stress.lab.exchange import Case
+    from sentinel.stress.lab.setting import Setting
+    from sentinel.stress.lab.subject import Records, Subject
+
+MARGIN = 0.05  # share of the labels that counts as nothing: proportions are hardly a secret
+_PROBES = 128  # public records that show the attacker usual embeddings
+
+
+class Labels:
+    """The sign of one record's class, or a least-squares count of several."""
+
+    name = "labels"
+    title = "diagnoses (labels) behind the update, counted from its last layer"
+    knows = "the model it sent, the guard's treatment, and public records where there are any"
+    worth = 0.6
+    seconds = 0.1
+    wanted = 256
+
+    def misfit(self, subject: Subject, setting: Setting) -> str | None:
+        """It needs a last layer that is fully connected, and more than one class."""
+        del setting
+        if subject.train.labels.is_floating_point():
+            return "it takes a model with an output for each class; this one has one output"
+        if len(set(subject.train.labels.tolist())) < 2:  # noqa: PLR2004 - one class has no secret
+            return "all records have one label"
+        return None
+
+    def run(
+        self, case: Case, behind: Records, generator: torch.Generator, deadline: Deadline
+    ) -> Finding:
+        """Count the labels; the yardstick knows how common each is, and nothing else."""
+        del generator, deadline  # nothing random, and done in a moment
+        true = behind.labels.long().bincount(minlength=case.subject.classes)
+        usual = _usual(case.subject, len(behind))
+        values, chances = _overlap(_guess(case), true), _overlap(usual, true)
+        measure = "diagnoses of one record, or counts of them, that are right"
+        return Finding((Tally(measure, (values,), (chances,), paired=True, margin=MARGIN),))
+
+
+def _guess(case: Case) -> Tensor:
+    known = case.subject.public
+    probes = None
+    if known is not None:
+        probes = Probes(known.inputs[:_PROBES], known.labels[:_PROBES].long())
+    if case.setting.records > 1:
+        counts = count_labels(case.training, case.seen, probes=probes)
+        return counts[: case.subject.classes]  # a model may have outputs that no label uses
+    label = lone_label(case.training, case.seen, probes=probes)
+    return torch.tensor([label]).bincount(minlength=case.subject.classes)
+
+
+def _usual(subject: Subject, records: int) -> Tensor:
+    """So many of each class as are usual at this site, rounded; [classes]."""
+    counts = subject.held_out.labels.long().bincount(minlength=subject.classes).double()
+    shares = counts / counts.sum() * records
+    usual = shares.floor()
+    rest = records - int(usual.sum())
+    usual[(shares - usual).argsort(descending=True)[:rest]] += 1
+    return usual.long()
+
+
+def _overlap(guess: Tensor, true: Tensor) -> float:
+    """Share of the records whose label the counts give."""
+    return float(torch.minimum(guess, true).sum() / true.sum())

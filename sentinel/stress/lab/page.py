@@ -1,0 +1,196 @@
+"""The page: a test as one HTML file, for an expert and for a security officer."""
+
+from __future__ import annotations
+
+import math
+from html import escape
+from typing import TYPE_CHECKING
+
+from sentinel.page.html import document, table
+from sentinel.stress.lab import words
+from sentinel.stress.lab.charts import STYLE as CHART_STYLE
+from sentinel.stress.lab.charts import curve_svg
+from sentinel.stress.lab.gallery import STYLE as GALLERY_STYLE
+from sentinel.stress.lab.gallery import before_after, worst_record
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sentinel.stress.lab.finding import Tally
+    from sentinel.stress.lab.result import Curves, Result, Row, Side
+
+_INTRODUCTION = """<p>In federated learning a hospital never sends records. It sends an
+<em>update</em>: the change that its records made to a shared model. This test plays the server that
+receives updates and tries to get the records back. It does so twice: with the updates as they are,
+and with what the guard lets out under the policy. The first says how strong the attack is; the
+second what the policy is worth against it.</p>"""
+
+_FIGURES = """<details><summary>How to read the figures</summary><p>Each figure stands beside what
+somebody gets who knows nothing of the update: patients resemble one another, so that some guesses
+fit by luck. Only the difference counts. <em>Read exactly</em> is a relative error under 1 %,
+<em>closely</em> under 30 %. SSIM compares two pictures: 1 is identical. A <em>prior</em> is what
+public pictures teach about all pictures of a kind. The 95 % intervals take records as independent,
+and are wider where several comparisons are made (Bonferroni).</p></details>"""
+
+
+_LONG = 12  # lines from which a list is folded
+
+
+def page(results: Sequence[Result], where: str, *, redacted: bool) -> str:
+    """The report.
+
+    Args:
+        results: one for each subject.
+        where: the folder that the report lies in, for the reader.
+        redacted: put error maps in the place of records and of guesses at them.
+
+    Guarantees:
+        One file that needs nothing else: no script, no address. Redacted, it holds no value of a
+        record and no guess at one.
+    """
+    body = [
+        "<h1>What could the server rebuild?</h1>",
+        _INTRODUCTION,
+        _privacy_note(where, redacted=redacted),
+        *(_subject(result, redacted=redacted) for result in results),
+        _FIGURES,
+    ]
+    style = CHART_STYLE + GALLERY_STYLE
+    return document("Gradient Sentinel: stress test", "\n".join(body), style=style)
+
+
+def _privacy_note(where: str, *, redacted: bool) -> str:
+    folder = f"<code>{escape(where)}</code>"
+    if redacted:
+        return (
+            f'<p class="note">Redacted: this report ({folder}) shows how wrong the attacker was, '
+            "block by block and value by value, and neither records nor guesses at them.</p>"
+        )
+    return (
+        f'<p class="note"><strong>This report holds records of patients</strong> and lies in '
+        f"{folder}, readable by its owner alone. It was sent nowhere. To show it to others, make "
+        "it again with <code>--redact</code>.</p>"
+    )
+
+
+def _subject(result: Result, *, redacted: bool) -> str:
+    found = "bad" if result.leaks else "good"
+    said = "".join(f"<li>{escape(line)}</li>" for line in words.sentences(result))
+    parts = [
+        f"<h2>{escape(result.name)}: policy <code>{escape(result.policy)}</code></h2>",
+        _partial(result),
+        f'<p class="verdict {found if result.rows else ""}">{escape(words.verdict(result))}</p>',
+        f"<ul>{said}</ul>",
+        before_after(result, redacted=redacted),
+        _figures(result),
+        "" if result.curves is None else _curves(result.curves),
+        worst_record(result, redacted=redacted),
+        _what_was_tried(result),
+        _what_was_not(result),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _partial(result: Result) -> str:
+    if not result.partial:
+        return ""
+    return '<p class="note"><strong>Partial report.</strong> Less was done than planned.</p>'
+
+
+def _figures(result: Result) -> str:
+    rows = [
+        (
+            row.item.setting.words,
+            _measure(row, index),
+            _cell(row.raw, index),
+            _cell(row.policy, index),
+            _cell(row.alone, index) if row.alone.updates else "-",
+        )
+        for row in result.rows
+        for index in range(_measures(row))
+    ]
+    head = (
+        "condition",
+        "measure",
+        "without guard",
+        "with the policy",
+        "had the guard been fooled",
+    )
+    return f"""<h3>Every figure</h3>
+<p>In brackets what somebody gets who knows nothing. "Had the guard been fooled" is what clip, noise
+and mask alone leave of an update that the guard kept in.</p>{table(head, rows)}"""
+
+
+def _measures(row: Row) -> int:
+    found = [side.finding for side in (row.raw, row.policy, row.alone) if side.finding is not None]
+    return max((len(finding.tallies) for finding in found), default=1)
+
+
+def _measure(row: Row, index: int) -> str:
+    mark = " (partial)" if row.partial else ""
+    if row.error is not None:
+        return f"{row.item.attack}: ended by an error ({row.error})"
+    for side in (row.raw, row.policy, row.alone):
+        if side.finding is not None:
+            return side.finding.tallies[index].measure + mark
+    return row.item.attack + mark
+
+
+def _cell(side: Side, index: int) -> str:
+    if side.finding is None:
+        return words.outcome(side)
+    tally = side.finding.tallies[index]
+    kept = f"; {words.outcome(side)}" if side.kept else ""
+    cut = "; cut short" if side.finding.cut else ""
+    return f"{_of(tally)} ({tally.chance:.2f}), n = {len(tally.values)}{cut}{kept}"
+
+
+def _of(tally: Tally) -> str:
+    return f"{tally.mean:.2f}" if math.isfinite(tally.mean) else "-"
+
+
+def _curves(curves: Curves) -> str:
+    rows = [
+        (
+            point.turn.words,
+            "kept in" if point.leak is None else f"{_of(point.leak)} ({point.leak.chance:.2f})",
+            "no time" if point.utility is None else f"{point.utility.mean:.3f}",
+        )
+        for point in curves.points
+    ]
+    if curves.raw is not None and curves.utility is not None:
+        rows.insert(
+            0,
+            (
+                "no guard",
+                f"{_of(curves.raw)} ({curves.raw.chance:.2f})",
+                f"{curves.utility.mean:.3f}",
+            ),
+        )
+    metric = next((p.utility.metric for p in curves.points if p.utility is not None), "utility")
+    where = escape(curves.item.setting.words)
+    short = len(curves.points) < curves.planned
+    more = f" {len(curves.points)} of {curves.planned} turns fitted into the time." if short else ""
+    return f"""<h3>Protection against usefulness</h3>
+<p>The same policy with one knob turned at a time, without its rules for special rounds. Upwards:
+what the attack gets, with nothing but clip, noise and mask between ({where}). To the right: what a
+federation of four parts of these records learns. Where to be is the corner below on the
+right.{more}</p>
+{curve_svg(curves)}
+{table(("policy", "attacker gets (knowing nothing)", metric), rows)}"""
+
+
+def _what_was_tried(result: Result) -> str:
+    return f"""<h3>What was tried, and with what knowledge</h3>
+{table(("attack", "looks for", "is given beforehand"), words.tried(result))}
+{table(("server", "what it does"), words.servers_tried(result))}"""
+
+
+def _what_was_not(result: Result) -> str:
+    skipped = [(one.what, one.why) for one in result.skipped]
+    never = "".join(f"<li>{escape(one)}</li>" for one in words.NEVER_TRIED)
+    listed = table(("not tried", "why"), skipped) if skipped else ""
+    if len(skipped) > _LONG:
+        listed = f"<details><summary>{len(skipped)} more things</summary>{listed}</details>"
+    return f"""<h3>What was not tried</h3>{listed}
+<p>Never part of this test:</p><ul>{never}</ul>"""

@@ -1,0 +1,155 @@
+"""The plan: what is to be tried, in the order of its worth, for a short budget to go furthest."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sentinel.errors import MisuseError
+from sentinel.stress.lab import servers
+from sentinel.stress.lab.attacks import ATTACKS
+from sentinel.stress.lab.servers import SERVERS
+from sentinel.stress.lab.setting import HONEST, Setting, Stage
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from sentinel.policy import LoadedPolicy
+    from sentinel.stress.lab.attack import Attack
+    from sentinel.stress.lab.subject import Subject
+
+MOST_UPDATES = 24  # under one condition
+AVERAGED = 128  # records behind an update of several local epochs, where there are so many
+VIEWS = 3  # an update is attacked raw, as released, and as clip and noise leave it
+PATIENT = 1200.0  # seconds from which servers are tried that train their trap
+DOOR = 1.0  # seconds that a guard takes to look at a global model it has not seen
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One attack under one condition.
+
+    Attributes:
+        setting: the condition.
+        attack: the name of the attack.
+        updates: how many are attacked.
+    """
+
+    setting: Setting
+    attack: str
+    updates: int
+
+    @property
+    def seconds(self) -> float:
+        """About how long it takes."""
+        return VIEWS * self.updates * (ATTACKS[self.attack].seconds + 0.05) + DOOR
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """What was not tried, and why."""
+
+    what: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that is to be tried, and everything that cannot be."""
+
+    items: tuple[Item, ...]
+    skipped: tuple[Skipped, ...]
+
+
+def make_plan(
+    subject: Subject,
+    loaded: LoadedPolicy,
+    attacks: Sequence[str],
+    seconds: float,
+    generator: torch.Generator,
+) -> Plan:
+    """Lay out all conditions and attacks, the ones that tell most first.
+
+    Args:
+        subject: what is tested.
+        loaded: the policy; the smallest update that it lets out is one of the conditions.
+        attacks: names; all where empty.
+        seconds: that the test may take; servers that train their trap need many.
+        generator: of trial crafting.
+
+    Raises:
+        MisuseError: no attack of that name.
+    """
+    chosen = [ATTACKS[name] for name in _known(attacks)]
+    unfit = {name: _unfit(name, subject, seconds, generator) for name in SERVERS}
+    skipped = [Skipped(f"server {name}", why) for name, why in unfit.items() if why is not None]
+    items = []
+    least = loaded.policy.limits.min_patients or 1
+    crafted = [name for name in SERVERS if name != HONEST and unfit[name] is None]
+    for setting in settings(len(subject.train), least, crafted):
+        for attack in chosen:
+            if (why := attack.misfit(subject, setting)) is None:
+                items.append(Item(setting, attack.name, _updates(attack, setting)))
+            else:
+                skipped.append(Skipped(f"{attack.name}: {setting.words}", why))
+    return Plan(tuple(items), tuple(_merged(skipped)))
+
+
+def settings(records: int, least: int, crafted: Sequence[str]) -> list[Setting]:
+    """All conditions, the ones that tell most first.
+
+    Args:
+        records: that the site has.
+        least: patients that the policy wants behind an update.
+        crafted: names of the malicious servers that fit the model.
+    """
+    ample = min(max(32, least), records)
+    epochs = min(max(AVERAGED, least), records)
+    start, later = Stage.START, Stage.LATER
+    found = [
+        Setting(HONEST, start, 1),
+        Setting(HONEST, start, ample),
+        *(Setting(name, start, ample) for name in crafted[:1]),
+        Setting(HONEST, start, epochs, epochs=2),
+        Setting(HONEST, start, min(8, records)),
+        Setting(HONEST, later, 1),
+        *(Setting(name, start, epochs, epochs=2) for name in crafted[1:2]),
+        Setting(HONEST, later, ample),
+        *(Setting(name, start, ample) for name in crafted[1:]),
+        Setting(HONEST, later, min(8, records)),
+        *(Setting(name, later, ample) for name in crafted[:1]),
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _unfit(name: str, subject: Subject, seconds: float, generator: torch.Generator) -> str | None:
+    if servers.trains(name):
+        return (
+            None if seconds >= PATIENT else "it trains its trap; give the test 20 minutes or more"
+        )
+    return servers.misfit(name, subject, generator)
+
+
+def _known(attacks: Sequence[str]) -> list[str]:
+    for name in attacks:
+        if name not in ATTACKS:
+            raise MisuseError(f"There is no attack {name!r}; there are {', '.join(ATTACKS)}.")
+    return list(attacks) or sorted(ATTACKS, key=lambda name: -ATTACKS[name].worth)
+
+
+def _updates(attack: Attack, setting: Setting) -> int:
+    return max(1, min(MOST_UPDATES, math.ceil(attack.wanted / setting.records)))
+
+
+def _merged(skipped: list[Skipped]) -> list[Skipped]:
+    """An attack that fits no condition for one reason is said once."""
+    grouped: dict[tuple[str, str], list[str]] = {}
+    for one in skipped:
+        grouped.setdefault((one.what.split(":")[0], one.why), []).append(one.what)
+    return [
+        Skipped(whats[0] if len(whats) == 1 else f"{what} ({len(whats)} conditions)", why)
+        for (what, why), whats in grouped.items()
+    ]

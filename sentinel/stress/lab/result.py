@@ -1,0 +1,167 @@
+"""Results: everything that came of a test, before anybody words it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sentinel.stress.lab.finding import Finding, Tally
+    from sentinel.stress.lab.knobs import Turned
+    from sentinel.stress.lab.plan import Item, Skipped
+    from sentinel.stress.lab.subject import Kind
+    from sentinel.stress.lab.utility import Utility
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """What came of the updates that took one way.
+
+    Attributes:
+        finding: pooled over the updates that left; None where none did.
+        released: how many left.
+        kept: reason code -> how many were withheld or refused.
+    """
+
+    finding: Finding | None = None
+    released: int = 0
+    kept: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def updates(self) -> int:
+        """How many took this way, whether they left or not."""
+        return self.released + sum(self.kept.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One attack under one condition.
+
+    Attributes:
+        item: what was planned.
+        raw: without a guard.
+        policy: with the guard, as the policy says.
+        alone: of the updates that the policy kept in: what clip, noise and mask leave of them,
+            had the guard been told of enough patients and its inspection missed the server.
+        error: type of an error that ended the attack; None where there was none.
+    """
+
+    item: Item
+    raw: Side
+    policy: Side
+    alone: Side
+    error: str | None = None
+
+    @property
+    def partial(self) -> bool:
+        """Whether less was done than planned."""
+        sides = (self.raw, self.policy, self.alone)
+        cut = any(side.finding is not None and side.finding.cut for side in sides)
+        return cut or self.error is not None or self.raw.updates < self.item.updates
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """The policy with one knob turned: what leaks, and what is learned.
+
+    Attributes:
+        turn: the knob and its value.
+        leak: of the curve's attack, on what leaves; None where nothing left.
+        utility: of the federation; None where there was no time.
+        kept: updates that were withheld.
+    """
+
+    turn: Turned
+    leak: Tally | None
+    utility: Utility | None
+    kept: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Curves:
+    """Leakage against utility.
+
+    Attributes:
+        item: the attack and the condition behind the leakage.
+        raw: leakage without a guard.
+        utility: without a guard.
+        points: one for each turn of a knob that was tried.
+        planned: how many were to be tried.
+    """
+
+    item: Item
+    raw: Tally | None
+    utility: Utility | None
+    points: tuple[Point, ...]
+    planned: int
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Everything that came of one test.
+
+    Attributes:
+        name: of the subject.
+        kind: of its records.
+        records: behind the updates, held out, and public.
+        parameters: of the model.
+        policy: name of the policy.
+        digest: of the policy's file.
+        promise: in words; None where the policy promises nothing.
+        rows: what was tried, in the order of the plan.
+        skipped: what was not, and why.
+        curves: None where they were not asked for or there was no time.
+        seconds: that the test took.
+        budget: that it was given, in seconds.
+        interrupted: whether somebody stopped it.
+    """
+
+    name: str
+    kind: Kind
+    records: tuple[int, int, int]
+    parameters: int
+    policy: str
+    digest: str
+    promise: str | None
+    rows: tuple[Row, ...]
+    skipped: tuple[Skipped, ...]
+    curves: Curves | None
+    seconds: float
+    budget: float
+    interrupted: bool = False
+
+    @property
+    def partial(self) -> bool:
+        """Whether less was done than planned."""
+        short = self.curves is not None and len(self.curves.points) < self.curves.planned
+        late = any(one.why == NO_TIME for one in self.skipped)
+        return self.interrupted or short or late or any(row.partial for row in self.rows)
+
+    @property
+    def confidence(self) -> float:
+        """Of each single comparison, so that all of them together hold with 95 % (Bonferroni)."""
+        findings = [row.policy.finding for row in self.rows if row.policy.finding is not None]
+        count = sum(len(finding.tallies) for finding in findings)
+        return 1.0 - (1.0 - CONFIDENCE) / max(1, count)
+
+    @property
+    def leaks(self) -> tuple[tuple[Row, Tally], ...]:
+        """Where an attacker got more out of what the guard released than one who knows nothing."""
+        return tuple(
+            (row, tally)
+            for row in self.rows
+            if row.policy.finding is not None
+            for tally in row.policy.finding.tallies
+            if tally.leaks(self.confidence)
+        )
+
+    @property
+    def withheld_entirely(self) -> bool:
+        """Whether the policy let not one update out."""
+        tried = any(row.policy.updates for row in self.rows)
+        return tried and not any(row.policy.released for row in self.rows)
+
+
+NO_TIME = "the time was up"

@@ -1,0 +1,105 @@
+"""Servers: who sends the global model in a test; the malicious ones come from the catalogue."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from sentinel.errors import MisuseError
+from sentinel.stress.lab.setting import HONEST
+from sentinel.stress.layers import State, copied
+from sentinel.stress.servers.catalogue import RECIPES, Recipe
+from sentinel.stress.servers.craft import Public
+
+if TYPE_CHECKING:
+    import torch
+
+    from sentinel.stress.lab.subject import Subject
+
+# The catalogue in the order in which a short test tries them; any others follow.
+_FIRST = ("binning-gaussian", "binning-scaled", "qbi", "trap-weights", "fishing-class")
+
+
+class Server(Protocol):
+    """Sends a global model; `title` says what it does, for a reader."""
+
+    @property
+    def title(self) -> str:
+        """What it does."""
+
+    def craft(
+        self, subject: Subject, state: State, records: int, generator: torch.Generator
+    ) -> State:
+        """The global model that it sends in the place of `state`.
+
+        Args:
+            subject: whose model, and which public records there are.
+            state: the honest global state.
+            records: how many it expects behind a step.
+            generator: its randomness.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Honest:
+    """Sends the model as it is."""
+
+    title: str = "sends the model as it was agreed"
+
+    def craft(
+        self, subject: Subject, state: State, records: int, generator: torch.Generator
+    ) -> State:
+        """A copy of the state."""
+        del subject, records, generator
+        return copied(state)
+
+
+@dataclass(frozen=True, slots=True)
+class Malicious:
+    """Sends what a recipe of the catalogue makes of the model."""
+
+    recipe: Recipe
+
+    @property
+    def title(self) -> str:
+        """What it does, and where it was published."""
+        return f"{self.recipe.sentence} ({self.recipe.source})"
+
+    def craft(
+        self, subject: Subject, state: State, records: int, generator: torch.Generator
+    ) -> State:
+        """A crafted state; public records give it its thresholds."""
+        known = subject.public
+        sample, labels = (None, None) if known is None else (known.inputs, known.labels)
+        public = Public(sample, labels, max(2, min(records, subject.batch)))
+        return self.recipe.craft(public)(subject.model, state, generator=generator)
+
+
+def _ordered() -> list[Recipe]:
+    return sorted(
+        RECIPES,
+        key=lambda recipe: _FIRST.index(recipe.name) if recipe.name in _FIRST else len(_FIRST),
+    )
+
+
+SERVERS: dict[str, Server] = {
+    HONEST: Honest(),
+    **{recipe.name: Malicious(recipe) for recipe in _ordered()},
+}
+
+
+def trains(name: str) -> bool:
+    """Whether this server trains its trap, which takes a minute or more."""
+    server = SERVERS[name]
+    return isinstance(server, Malicious) and server.recipe.family == "F"
+
+
+def misfit(name: str, subject: Subject, generator: torch.Generator) -> str | None:
+    """Why this server cannot attack this model, as a sentence; None where it can."""
+    try:
+        SERVERS[name].craft(subject, subject.start, subject.batch, generator)
+    except MisuseError as error:
+        return str(error)
+    except Exception as error:  # noqa: BLE001 - a recipe that breaks on an odd model; told by type
+        return f"it cannot be crafted for this model ({type(error).__name__})"
+    return None

@@ -1,0 +1,166 @@
+"""What is tested: a model, the site's records, and how the site trains on them."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional as F  # noqa: N812 - the name that PyTorch's users know
+
+from sentinel.errors import MisuseError
+from sentinel.stress.layers import copied
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
+
+    from sentinel.stress.layers import State
+
+FEWEST = 32  # records of which a test says anything
+_AXES = {"table": 2, "image": 4, "text": 2}
+
+
+class Kind(enum.StrEnum):
+    """What a record is."""
+
+    TABLE = "table"  # inputs [N, features], floating
+    IMAGE = "image"  # inputs [N, channels, height, width], floating
+    TEXT = "text"  # inputs [N, length], whole numbers: tokens
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Records:
+    """Records and their labels.
+
+    Attributes:
+        inputs: [N, ...] as the model takes them.
+        labels: [N]; whole numbers are classes, decimal ones 0 or 1 for a single output.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        """How many records."""
+        return len(self.labels)
+
+    def take(self, chosen: Tensor) -> Records:
+        """The records with these indices."""
+        return Records(self.inputs[chosen], self.labels[chosen])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Subject:
+    """Everything that a site hands over for a test; nothing of it is changed.
+
+    Attributes:
+        name: for the report; from the command line, never from the data.
+        kind: of the records.
+        model: the architecture, with the weights that it starts from.
+        train: records behind the updates.
+        held_out: records of the same site that are behind none; the yardstick of every figure.
+        public: records that the attacker has beforehand; None where there are none.
+        loss: of the model's answers and the labels, the mean over a batch.
+        rate: learning rate of plain SGD.
+        batch: records per step of local training.
+        categorical: columns of a table that hold categories.
+    """
+
+    name: str
+    kind: Kind
+    model: nn.Module
+    train: Records
+    held_out: Records
+    public: Records | None
+    loss: Callable[[Tensor, Tensor], Tensor]
+    rate: float = 0.05
+    batch: int = 32
+    categorical: tuple[int, ...] = ()
+    start: State = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Check that model and records fit one another.
+
+        Raises:
+            MisuseError: they do not; the sentence says what was expected.
+        """
+        if not self.rate > 0.0 or self.batch < 1:
+            raise MisuseError("The learning rate must be above 0 and the batch at least 1 record.")
+        for part in (self.train, self.held_out, self.public):
+            if part is not None:
+                _require_records(part, self.kind)
+        object.__setattr__(self, "start", copied(self.model.state_dict()))
+        self._require_fit()
+
+    @property
+    def classes(self) -> int:
+        """How many classes the labels have; two for a single output."""
+        return 2 if self.train.labels.is_floating_point() else int(self._labels().max()) + 1
+
+    def _labels(self) -> Tensor:
+        parts = (self.train, self.held_out, self.public)
+        return torch.cat([part.labels for part in parts if part is not None])
+
+    def _require_fit(self) -> None:
+        """One step of training on two records gives a finite loss and a gradient."""
+        few = self.train.take(torch.arange(2))
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if not parameters:
+            raise MisuseError("The model has no trainable parameter; give one that can be trained.")
+        shape = list(few.inputs.shape[1:])
+        try:
+            loss = self.loss(self.model(few.inputs), few.labels)
+            torch.autograd.grad(loss, parameters, allow_unused=True)
+        except Exception as error:  # noqa: BLE001 - the site's own code; its text may hold values
+            raise MisuseError(
+                f"The model cannot be trained on these records: {type(error).__name__} for a batch "
+                f"of 2 records of shape {shape}. Expected: loss(model(inputs), labels) is the mean "
+                "over the batch. Check the shapes and types of inputs and labels, and the loss."
+            ) from None
+        finally:
+            self.model.load_state_dict(self.start)  # running statistics moved
+        if loss.ndim or not bool(torch.isfinite(loss)):
+            raise MisuseError("The loss of two records is not one finite number; check loss, data.")
+
+
+def default_loss(labels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """Cross-entropy for class numbers; for decimal labels binary cross-entropy of one logit."""
+    return binary_loss if labels.is_floating_point() else F.cross_entropy
+
+
+def binary_loss(answers: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross-entropy of logits [N, 1] or [N] and labels [N]."""
+    return F.binary_cross_entropy_with_logits(answers.reshape(len(labels)), labels)
+
+
+def kind_of(inputs: Tensor) -> Kind:
+    """What records of this shape and type are taken for."""
+    if not inputs.is_floating_point():
+        return Kind.TEXT
+    return Kind.TABLE if inputs.ndim == _AXES["table"] else Kind.IMAGE
+
+
+def _require_records(part: Records, kind: Kind) -> None:
+    inputs, labels = part.inputs, part.labels
+    if len(inputs) != len(labels) or labels.ndim != 1:
+        raise MisuseError(
+            f"Inputs and labels must be of one length, labels of shape [N]; got {len(inputs)} "
+            f"inputs and labels of shape {list(labels.shape)}."
+        )
+    if len(labels) < FEWEST:
+        raise MisuseError(f"At least {FEWEST} records are needed in each part; got {len(labels)}.")
+    if inputs.ndim != _AXES[kind.value]:
+        raise MisuseError(
+            f'Kind "{kind.value}" takes inputs of {_AXES[kind.value]} axes; got shape '
+            f"{list(inputs.shape)}."
+        )
+    if inputs.is_floating_point() and not bool(torch.isfinite(inputs).all()):
+        raise MisuseError("The inputs hold NaN or infinity; prepare them as for training.")
+    if labels.is_floating_point():
+        if not bool(((labels == 0.0) | (labels == 1.0)).all()):
+            raise MisuseError("Decimal labels must be 0 or 1; use whole numbers for classes.")
+    elif int(labels.min()) < 0:
+        raise MisuseError("Classes are numbered from 0; a label is below that.")

@@ -1,0 +1,165 @@
+"""Words: what was tried and what came of it, in plain sentences. No sentence says "safe"."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sentinel.stress.lab.attacks import ATTACKS
+from sentinel.stress.lab.servers import SERVERS
+
+if TYPE_CHECKING:
+    from sentinel.stress.lab.finding import Tally
+    from sentinel.stress.lab.result import Result, Row, Side
+
+# What no part of this test tries, whatever the plan.
+NEVER_TRIED = (
+    "attackers who combine the updates of many rounds",
+    "several hospitals' updates put together, and servers that send each client another model",
+    "training code that wants to leak: the guard runs beside it and trusts it",
+    "what timing, and the fact that an update was withheld, give away",
+)
+
+
+def verdict(result: Result) -> str:
+    """The one sentence at the top."""
+    if not result.rows:
+        return "Nothing was measured: no attack was through before the test ended."
+    if result.withheld_entirely:
+        return (
+            "The policy let no update out, so the server got nothing from this site, and the "
+            "federation learned nothing from it either."
+        )
+    leaks = result.leaks
+    if not leaks:
+        whole = [row for row in result.rows if row.policy.finding and not row.policy.finding.cut]
+        tried = len({row.item.attack for row in whole})
+        if tried == 0:
+            return (
+                "Nothing can be said: no attack on an update that this policy let out was through "
+                "before the time was up. Give the test more time."
+            )
+        kinds = "1 kind of attack" if tried == 1 else f"{tried} kinds of attack"
+        return (
+            f"From the updates that this policy let out, {kinds} got no more than somebody who "
+            "never saw them. This is what these attackers could not do in this test; another "
+            "attacker may do better."
+        )
+    row, tally = max(leaks, key=lambda one: one[1].gain)
+    return (
+        f"The policy lets through too much: {_share(tally)} "
+        f"({row.item.setting.words}). In {len(leaks)} comparisons the attacker got more than "
+        "somebody who never saw the update."
+    )
+
+
+def sentences(result: Result) -> list[str]:
+    """What was tried, with what knowledge, and how strong it was; a few plain sentences."""
+    train, held_out, public = result.records
+    beforehand = (
+        f"The model has {result.parameters:,} parameters. Updates were made from {train} records "
+        f"of this site; {held_out} more were held back as a yardstick. The attacker had "
+        f"{public or 'no'} public records beforehand."
+    )
+    said = [beforehand]
+    if (strongest := _strongest(result)) is not None:
+        row, tally = strongest
+        said.append(f"Without the guard: {_share(tally)} ({row.item.setting.words}).")
+    said += [line for line in (_kept(result), _fooled(result)) if line]
+    if result.promise is None:
+        said.append(
+            "The policy makes no formal promise: what is said here is measured, and holds for the "
+            "attackers of this test only."
+        )
+    else:
+        said.append(
+            f"The policy promises privacy per {result.promise}; that promise rests on its proof, "
+            "not on this test. These figures were made from real records and are outside it: do "
+            "not publish them."
+        )
+    if result.partial:
+        said.append(_short(result))
+    return said
+
+
+def tried(result: Result) -> list[tuple[str, str, str]]:
+    """Rows of (attack, what it looks for, what it knows) for everything that ran."""
+    names = dict.fromkeys(row.item.attack for row in result.rows)
+    return [(name, ATTACKS[name].title, ATTACKS[name].knows) for name in names]
+
+
+def servers_tried(result: Result) -> list[tuple[str, str]]:
+    """Rows of (server, what it does)."""
+    names = dict.fromkeys(row.item.setting.server for row in result.rows)
+    return [(name, SERVERS[name].title) for name in names]
+
+
+def outcome(side: Side) -> str:
+    """What became of the updates that took one way."""
+    if side.updates == 0:
+        return "not tried"
+    kept = ", ".join(f"{count} kept in ({reason})" for reason, count in side.kept.items())
+    return kept if side.released == 0 else f"{side.released} released" + (f", {kept}" * bool(kept))
+
+
+def figure(side: Side, index: int = 0) -> str:
+    """One measure of a side, beside its yardstick."""
+    if side.finding is None:
+        return outcome(side)
+    tally = side.finding.tallies[index]
+    cut = ", cut short" if side.finding.cut else ""
+    return f"{tally.mean:.2f} (knowing nothing {tally.chance:.2f}{cut})"
+
+
+def _share(tally: Tally) -> str:
+    return (
+        f"{tally.measure}: {tally.mean:.2f} on average over {len(tally.values)} records, where "
+        f"knowing nothing gives {tally.chance:.2f}"
+    )
+
+
+def _strongest(result: Result) -> tuple[Row, Tally] | None:
+    """The strongest attack on raw updates; without one the test says little."""
+    found = [(row, row.raw.finding.main) for row in result.rows if row.raw.finding is not None]
+    return max(found, key=lambda one: one[1].gain, default=None)
+
+
+def _kept(result: Result) -> str | None:
+    reasons: dict[str, int] = {}
+    for row in result.rows:
+        for reason, count in row.policy.kept.items():
+            reasons[reason] = reasons.get(reason, 0) + count
+    if not reasons:
+        return None
+    listed = ", ".join(f"{reason} ({count} times)" for reason, count in reasons.items())
+    return (
+        f"The guard kept updates in, or refused the round: {listed}. What is kept in cannot be "
+        "attacked."
+    )
+
+
+def _fooled(result: Result) -> str | None:
+    """What clip, noise and mask leave of updates that the guard should have kept in."""
+    found = [
+        (row, tally)
+        for row in result.rows
+        if row.alone.finding is not None
+        for tally in row.alone.finding.tallies
+    ]
+    if not found:
+        return None
+    leaks = [(row, tally) for row, tally in found if tally.leaks(result.confidence)]
+    start = "Had the guard been fooled (too many patients named, the malicious server not noticed)"
+    if not leaks:
+        return f"{start}, clip and noise alone would have left these attackers nothing."
+    row, tally = max(leaks, key=lambda one: one[1].gain)
+    return (
+        f"{start}, clip and noise alone would not do: {_share(tally)} ({row.item.setting.words})."
+    )
+
+
+def _short(result: Result) -> str:
+    why = "It was stopped" if result.interrupted else "The time was up"
+    return (
+        f"This report is partial. {why} after {result.seconds:.0f} s; what was cut short is "
+        "marked, and what was not tried is listed below."
+    )

@@ -1,0 +1,97 @@
+"""A small site that every test of the lab can attack."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch import nn
+
+from sentinel.policy.store import parse_policy
+from sentinel.stress.lab.attacks.pictures import Pictures
+from sentinel.stress.lab.attacks.rows import Rows
+from sentinel.stress.lab.loading import subject_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sentinel.policy import LoadedPolicy
+    from sentinel.stress.lab.subject import Subject
+
+PLAIN = """
+schema = 1
+name = "plain"
+[[rule]]
+id = "baseline"
+max_norm = {norm}
+noise_ratio = {noise}
+"""
+
+
+@pytest.fixture
+def plain() -> Callable[..., LoadedPolicy]:
+    """A policy with one rule: no limit, no rule with `when`."""
+
+    def make(noise: float = 10.0, norm: float = 0.1) -> LoadedPolicy:
+        text = PLAIN.format(noise=noise, norm=norm)
+        return parse_policy(text.encode(), "plain.toml")
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _few_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough for what these tests say, and no more."""
+    monkeypatch.setattr(Rows, "wanted", 10)
+    monkeypatch.setattr(Pictures, "wanted", 1)
+    monkeypatch.setattr("sentinel.stress.lab.calibration.MOST_UPDATES", 2)
+
+
+@pytest.fixture
+def stop_after() -> Callable[[int], Callable[[int, int], None]]:
+    """Presses Ctrl-C once so many attacks are through."""
+
+    def after(count: int) -> Callable[[int, int], None]:
+        def step(done: int, _total: int) -> None:
+            if done == count:
+                raise KeyboardInterrupt
+
+        return step
+
+    return after
+
+
+@pytest.fixture
+def table() -> Subject:
+    """256 standard normal rows, and a perceptron."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(256, 8, generator=generator)
+    labels = (rows[:, 0] > 0).float()
+    return subject_of(perceptron(8, 64), (rows, labels), generator, "rows")
+
+
+@pytest.fixture
+def images() -> Subject:
+    """96 pictures of a bright square at one of two places, and a small convolutional net."""
+    generator = torch.Generator().manual_seed(0)
+    pictures = 0.2 * torch.rand(96, 1, 12, 12, generator=generator)
+    labels = torch.arange(96) % 2
+    pictures[labels == 0, :, 2:6, 2:6] += 0.6
+    pictures[labels == 1, :, 6:10, 6:10] += 0.6
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 2)
+    )
+    data = {
+        "train": (pictures[:40], labels[:40]),
+        "held_out": (pictures[40:], labels[40:]),
+        "public": (pictures[40:], labels[40:]),
+    }
+    return subject_of(net, data, generator, "pictures")
+
+
+def perceptron(features: int, hidden: int) -> nn.Module:
+    """Two fully connected layers with torch's own first weights."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, 1))

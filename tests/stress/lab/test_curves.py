@@ -1,0 +1,40 @@
+"""Leakage falls with noise, and utility is that of models that learned through the guard."""
+
+from __future__ import annotations
+
+from sentinel.stress.lab.curves import _leak, turns
+from sentinel.stress.lab.deadline import Deadline
+from sentinel.stress.lab.knobs import Knob, Turned, turned
+from sentinel.stress.lab.plan import Item
+from sentinel.stress.lab.setting import Setting
+from sentinel.stress.lab.utility import learned
+
+SOON, LATE = Deadline.after(0.0), Deadline.after(600.0)
+
+
+def test_leakage_falls_with_noise_on_the_same_records(table, plain, tmp_path) -> None:
+    item = Item(Setting(records=1), "rows", 1)
+    found = {}
+    for noise in (0.0, 40.0):
+        variant = turned(plain(norm=10.0), Turned(Knob.NOISE_RATIO, noise))
+        found[noise], kept = _leak(table, variant, item, tmp_path / f"{noise}", 0, SOON, LATE)
+        assert kept == 0
+    assert found[0.0].mean == 1.0
+    assert found[40.0].mean < 0.5
+
+
+def test_too_much_noise_costs_utility(table, plain, tmp_path) -> None:
+    free = learned(table, None, tmp_path, 0, 1, SOON, LATE)
+    drowned = learned(table, plain(noise=500.0, norm=1.0), tmp_path, 0, 1, SOON, LATE)
+    assert free.metric == drowned.metric == "AUC"
+    assert free.mean > drowned.mean + 0.1
+
+
+def test_a_federation_that_is_not_through_is_left_out(table, tmp_path) -> None:
+    assert learned(table, None, tmp_path, 0, 1, SOON, SOON) is None
+
+
+def test_turns_begin_with_the_policy_and_the_ends_of_the_noise(plain) -> None:
+    words = [turn.words for turn in turns(plain())]
+    assert words[:2] == ["the policy as it is", "noise_ratio 0"]
+    assert {"keep 0.1", "max_norm 0.4", "noise_ratio 20"} <= set(words)

@@ -1,0 +1,114 @@
+"""Whatever a site hands over is taken in its simplest form, and refused in a sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from sentinel.errors import MisuseError
+from sentinel.stress.lab.loading import load_subject, subject_of
+from sentinel.stress.lab.subject import Kind, Subject
+
+ROWS, LABELS = (
+    torch.randn(200, 5, generator=torch.Generator().manual_seed(1)),
+    torch.arange(200) % 2,
+)
+
+
+@dataclasses.dataclass
+class Given:
+    """What a loader may give."""
+
+    train: object
+    kind: str = "table"
+    rate: float = 0.5
+
+
+def subject(given: object) -> Subject:
+    return subject_of(nn.Linear(5, 2), given, torch.Generator().manual_seed(0), "site")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        (ROWS, LABELS),
+        [ROWS.numpy(), LABELS.numpy()],
+        TensorDataset(ROWS, LABELS),
+        {"train": (ROWS, LABELS)},
+        Given((ROWS, LABELS)),
+    ],
+    ids=["pair", "arrays", "dataset", "mapping", "dataclass"],
+)
+def test_every_form_gives_the_same_records_and_keeps_three_tenths_back(given) -> None:
+    found = subject(given)
+    assert found.kind is Kind.TABLE
+    assert (len(found.train), len(found.held_out)) == (140, 60)
+    together = torch.cat([found.train.inputs, found.held_out.inputs])
+    assert torch.equal(together.sort(0).values, ROWS.sort(0).values)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("rows", "must be a pair"),
+        ((ROWS, LABELS[:5]), "of one length"),
+        ((ROWS[:40], LABELS[:40]), "too few"),
+        ((ROWS * torch.nan, LABELS), "NaN"),
+        ((ROWS, LABELS - 1), "numbered from 0"),
+        ((ROWS, LABELS + 0.5), "must be 0 or 1"),
+        ((ROWS[:, :4], LABELS), "cannot be trained"),
+        ({"train": (ROWS, LABELS), "kind": "sound"}, "kind must be one of"),
+        ({"train": (ROWS, LABELS), "kind": "image"}, "takes inputs of 4 axes"),
+        ({"train": (ROWS, LABELS), "Mrs Smith": 1}, "1 of its keys"),
+        ({"train": (ROWS, LABELS), "rate": "fast"}, "rate must be a number"),
+        ({"train": (ROWS, LABELS), "rate": 0.0}, "above 0"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_what_was_expected(given, expected) -> None:
+    with pytest.raises(MisuseError, match=expected) as refused:
+        subject(given)
+    assert "Smith" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "expected"),
+    [
+        ("os.system", "a:b", "package.module:name"),
+        ("no_such_package_here:net", "a:b", "cannot be imported"),
+        ("math:nothing", "a:b", "no function nothing"),
+        ("math:sqrt", "a:b", "call failed with TypeError"),
+        ("time:time", "a:b", "expected a torch.nn.Module"),
+    ],
+)
+def test_a_bad_name_is_refused_with_what_was_expected(model, data, expected) -> None:
+    with pytest.raises(MisuseError, match=expected):
+        load_subject(model, data, torch.Generator())
+
+
+def test_code_in_the_folder_of_the_command_is_found(tmp_path, monkeypatch) -> None:
+    code = "import torch\ndef net(): return torch.nn.Linear(5, 2)\n"
+    code += "def data(): return torch.ones(200, 5), torch.zeros(200).long()\n"
+    (tmp_path / "own_site_code.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    found = load_subject("own_site_code:net", "own_site_code:data", torch.Generator())
+    assert found.train.inputs.shape == (140, 5)
+
+
+def test_the_text_of_a_foreign_error_is_not_repeated(tmp_path, monkeypatch) -> None:
+    (tmp_path / "failing_site_code.py").write_text("def net(): raise ValueError('Mrs Smith')\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MisuseError, match="ValueError") as refused:
+        load_subject("failing_site_code:net", "a:b", torch.Generator())
+    assert "Smith" not in str(refused.value)
+
+
+def test_the_trial_step_leaves_the_model_as_it_was() -> None:
+    """Also where a forward pass moves running statistics."""
+    net = nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 2))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    subject_of(net, (ROWS, LABELS), torch.Generator().manual_seed(0), "site")
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())

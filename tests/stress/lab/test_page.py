@@ -1,0 +1,177 @@
+"""The report needs nothing else, says what it is, and redacted shows nobody."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import struct
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+from sentinel.stress.lab.finding import Exhibit
+from sentinel.stress.lab.knobs import Knob, Turned
+from sentinel.stress.lab.page import page
+from sentinel.stress.lab.record import record
+from sentinel.stress.lab.redact import BLOCKS, error_map, error_words
+from sentinel.stress.lab.result import Curves, Point, Result
+from sentinel.stress.lab.runner import Options, run_lab
+from sentinel.stress.lab.utility import Utility
+from sentinel.stress.lab.words import verdict
+
+VOID = {"meta", "img"}
+
+
+class Reader(HTMLParser):
+    """Opens and closes tags as a browser does, and notes every address."""
+
+    def __init__(self) -> None:
+        """Nothing is open."""
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.addresses: list[str] = []
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Nothing stays open."""
+        self.tags.add(tag)
+        self.addresses += [str(value) for key, value in attrs if key in {"src", "href", "data"}]
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Open it, unless it never holds anything."""
+        self.handle_startendtag(tag, attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        """Close it; it must be the one that was opened last."""
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, Result]:
+    """One test of pictures and one of rows; made once."""
+    return {}
+
+
+@pytest.fixture
+def pictures(images, plain, results, stop_after) -> Result:
+    if "pictures" not in results:
+        options = Options(("pictures",), seconds=60.0, curves=False)
+        results["pictures"] = run_lab(images, plain(), options, stop_after(1))
+    return results["pictures"]
+
+
+@pytest.fixture
+def rows(table, plain, results, stop_after) -> Result:
+    if "rows" not in results:
+        found = run_lab(table, plain(), Options(("rows",), 60.0, curves=False), stop_after(2))
+        results["rows"] = replace(found, curves=some_curves(found))
+    return results["rows"]
+
+
+def some_curves(result: Result) -> Curves:
+    """Curves of one point, made of what the test found."""
+    row = result.rows[0]
+    leak, learned = row.raw.finding.main, Utility("AUC", (0.8, 0.9))
+    points = (
+        Point(Turned(), leak, learned),
+        Point(Turned(Knob.KEEP, 0.1), leak, learned),
+        Point(Turned(Knob.KEEP, 0.2), None, learned, kept=3),
+    )
+    return Curves(row.item, leak, learned, points, planned=5)
+
+
+def parsed(html: str) -> Reader:
+    reader = Reader()
+    reader.feed(html)
+    reader.close()
+    assert reader.open == []
+    return reader
+
+
+def sizes(reader: Reader) -> set[tuple[int, int]]:
+    """Width and height of every picture."""
+    found = set()
+    for address in reader.addresses:
+        png = base64.b64decode(address.removeprefix("data:image/png;base64,"))
+        found.add(struct.unpack(">II", png[16:24]))
+    return found
+
+
+@pytest.mark.parametrize("redacted", [True, False])
+def test_the_page_parses_and_needs_nothing_else(rows, pictures, redacted) -> None:
+    html = page([rows, pictures], "/where/it/lies", redacted=redacted)
+    reader = parsed(html)
+    assert all(address.startswith("data:image/png;base64,") for address in reader.addresses)
+    assert not reader.tags & {"script", "link", "iframe", "object", "form"}
+    assert not re.search(r"https?://|@import|url\(", html)
+    assert "/where/it/lies" in html
+    assert "svg" in reader.tags
+
+
+def test_before_and_after_stand_side_by_side(pictures) -> None:
+    html = page([pictures], "here", redacted=False)
+    assert sizes(parsed(html)) == {(12, 12)}
+    for label in ("records", "from the raw update", "from the released update"):
+        assert f"<span>{label}</span>" in html
+
+
+def test_redacted_no_picture_of_a_record_is_left(pictures) -> None:
+    html = page([pictures], "here", redacted=True)
+    assert sizes(parsed(html)) == {(BLOCKS, BLOCKS)}
+    assert "error map" in html
+
+
+def test_redacted_no_value_of_a_row_is_left(rows, table) -> None:
+    worst = rows.rows[0].raw.finding.worst
+    shown = f"{float(worst.truth[0]):.2f}"
+    assert f">{shown}<" in page([rows], "here", redacted=False)
+    html = page([rows], "here", redacted=True)
+    cells = set(re.findall(r"<td[^>]*>(-?\d+\.\d\d)</td>", html))
+    values = {f"{value:.2f}" for value in table.train.inputs.flatten().tolist()}
+    assert not {cell for cell in cells if cell in values} - {"0.00", "1.00"}
+    assert {"read", "wrong"} & set(re.findall(r">(read|close|wrong)<", html))
+
+
+def test_an_error_map_says_how_wrong_and_not_what() -> None:
+    """Five shades of sixteen blocks; two records with errors alike give the same map."""
+    guess = torch.zeros(1, 12, 12)
+    one, two = Exhibit(guess + 0.5, guess, 0.0), Exhibit(guess - 0.7, guess, 0.0)
+    assert torch.equal(error_map(one), error_map(two))
+    assert set(error_map(one).unique().tolist()) == {1.0}
+    assert error_map(Exhibit(guess, guess, 1.0)).max() == 0.0
+    row = Exhibit(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 2.4, 9.0]), 0.0)
+    assert error_words(row) == ["read", "close", "wrong"]
+
+
+def test_the_record_holds_figures_and_no_value_of_a_record(rows, pictures) -> None:
+    found = record([rows, pictures])
+    text = json.dumps(found, allow_nan=False)
+    assert found["schema"] == 1
+    assert len(found["subjects"]) == 2
+    assert found["subjects"][0]["attacks"][0]["raw"]["measures"][1]["mean"] == 1.0
+    numbers = set(re.findall(r"-?\d\.\d{4,}", text))
+    truths = {f"{v:.6f}" for e in rows.rows[0].raw.finding.exhibits for v in e.truth.tolist()}
+    assert not numbers & truths
+
+
+def test_no_verdict_says_safe(rows, pictures) -> None:
+    for result in (rows, pictures, replace(rows, rows=())):
+        html = page([result], "here", redacted=True)
+        assert not re.search(r"\bsafe\b|\bsecure\b", html)
+        assert verdict(result)
+
+
+def test_a_partial_result_is_called_partial(rows) -> None:
+    assert "Partial report" in page([replace(rows, interrupted=True)], "here", redacted=True)
+
+
+def test_what_was_not_tried_is_listed(rows) -> None:
+    html = page([rows], "here", redacted=True)
+    assert rows.skipped
+    assert all(one.why.split(";")[0][:20] in html for one in rows.skipped if "'" not in one.why)
+    assert "Never part of this test" in html
