@@ -5,9 +5,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-slow soak test-all coverage lint type imports wheel test-wheel peers bench bench-utility conformance detectors clean
+.PHONY: help demo stress test test-slow soak test-all coverage lint type imports wheel test-wheel peers bench bench-utility bench-attacks conformance detectors clean
 help:  ## say what can be made
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ \t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ \t/' | expand -t 16
 
 $(READY): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: install Python 3.11 or newer, or name one: make PYTHON=python3.11 ..." >&2; exit 1; }
@@ -20,6 +20,9 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)  ## the main job on four real hospitals; writes demo-output/report.html
 	$(BIN)/sentinel demo --out demo-output
+
+stress: $(READY)  ## attacks on public data, raw and as the shipped policies let it out; writes stress-output/stress.html
+	$(BIN)/sentinel stress --demo --out stress-output
 
 test: $(READY)  ## the tests
 	$(BIN)/python -m pytest -m 'not slow and not soak'
@@ -74,6 +77,12 @@ bench-utility: $(READY)  ## what a promise costs in AUC on two data sets, and wh
 	$(BIN)/python tests/benchmarks/private_utility.py
 	$(BIN)/python tests/benchmarks/auto_bound.py
 
+bench-attacks: $(READY)  ## what each attacker reads, over nets, noise and policies (an hour or more)
+	$(BIN)/python tests/benchmarks/image_attacks.py nets
+	$(BIN)/python tests/benchmarks/image_attacks.py noise
+	$(BIN)/python tests/benchmarks/tabular_attacks.py
+	$(BIN)/python tests/benchmarks/membership.py --data hearts --tables all
+
 conformance: peers  ## measure the odd inputs on every contestant and write docs/conformance.md
 	.venv-bench/bin/python tests/conformance/table.py
 	.venv-bench/bin/python -m pytest tests/conformance -m soak
@@ -82,4 +91,4 @@ detectors: $(READY)  ## train the shipped detectors again
 	$(BIN)/sentinel detectors train --out detectors
 
 clean:  ## remove what was made
-	rm -rf $(VENV) .venv-wheel .venv-bench dist build demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-wheel .venv-bench dist build demo-output stress-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
