@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+BLIND = "knowing nothing"
+
+
 @dataclass(frozen=True, slots=True)
 class Tally:
     """One measure, record by record, and the same measure where the attacker knew nothing.
@@ -29,6 +32,8 @@ class Tally:
         chances: the yardstick: held-out records against the same guesses, or a guess without data.
         paired: whether `chances` belong to the same records, in the same order.
         margin: a gain that the verdict lets pass: within it, a guess helps nobody.
+        beside: what `chances` are, for a reader.
+        of: what `values` are counted over, for a reader.
     """
 
     measure: str
@@ -36,6 +41,8 @@ class Tally:
     chances: tuple[float, ...]
     paired: bool = False
     margin: float = 0.0
+    beside: str = BLIND
+    of: str = "records"
 
     def __add__(self, other: Tally) -> Tally:
         """Pool two updates' worth."""

@@ -33,9 +33,12 @@ _COLUMNS = 24  # values of a row that are shown
 
 def before_after(result: Result, *, redacted: bool) -> str:
     """The same records rebuilt from raw updates and from what the guard left of them."""
-    row = _telling(result)
-    if row is None or row.raw.finding is None:
-        return ""
+    shown = "".join(_compared(result, row, redacted=redacted) for row in _telling(result))
+    return f"<h3>Before and after</h3>{shown}" if shown else ""
+
+
+def _compared(result: Result, row: Row, *, redacted: bool) -> str:
+    assert row.raw.finding is not None  # noqa: S101 - `_telling` chooses by it
     other, words = _other(row)
     pairs = [(one, _same(other, one)) for one in row.raw.finding.exhibits]
     pairs = sorted(pairs, key=lambda pair: pair[1] is None)[:_SHOWN]  # those on both sides first
@@ -43,9 +46,8 @@ def before_after(result: Result, *, redacted: bool) -> str:
         drawn = _pictures(pairs, words, redacted=redacted)
     else:
         drawn = _rows(pairs[:3], words, redacted=redacted)
-    return f"""<h3>Before and after</h3>
-<p>{escape(row.item.setting.words)}, attack <code>{escape(row.item.attack)}</code>. The records that
-the attacker hit best without a guard.</p>{drawn}"""
+    return f"""<p>{escape(row.item.setting.words)}, attack <code>{escape(row.item.attack)}</code>.
+Records behind these updates, those that the attacker hit best without a guard first.</p>{drawn}"""
 
 
 def worst_record(result: Result, *, redacted: bool) -> str:
@@ -73,12 +75,13 @@ likeness {exhibit.score:.2f} of 1 ({escape(row.item.setting.words)}). A likeness
 a typical patient is like many.</p>{drawn}"""
 
 
-def _telling(result: Result) -> Row | None:
-    """The row to show: something to see without the guard, and something that left with it."""
+def _telling(result: Result) -> list[Row]:
+    """The rows to show: the strongest without the guard, and the strongest that left with it."""
     shown = [row for row in result.rows if row.raw.finding and row.raw.finding.exhibits]
     both = [row for row in shown if row.policy.finding or row.alone.finding]
     worth = {id(row): row.raw.finding.main.gain for row in shown if row.raw.finding}
-    return max(both or shown, key=lambda row: worth[id(row)], default=None)
+    chosen = [max(group, key=lambda row: worth[id(row)]) for group in (shown, both) if group]
+    return chosen[:1] if chosen[:1] == chosen[1:] else chosen
 
 
 def _other(row: Row) -> tuple[Side, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 import os
 import re
 import sys
@@ -76,10 +77,10 @@ def subject_of(module: nn.Module, given: object, generator: torch.Generator, nam
         train=train,
         held_out=rest,
         public=None if public is None else _records(public, "public"),
-        loss=parts.get("loss") or default_loss(train.labels),
+        loss=_loss(parts.get("loss"), train),
         rate=_number(parts.get("rate", 0.05), "rate"),
-        batch=int(_number(parts.get("batch", 32), "batch")),
-        categorical=tuple(int(column) for column in parts.get("categorical", ())),
+        batch=_whole(parts.get("batch", 32)),
+        categorical=_columns(parts.get("categorical", ()), train),
     )
 
 
@@ -87,7 +88,7 @@ def _called(name: str, option: str, what: str) -> Any:  # noqa: ANN401 - whateve
     found = _found(name, option, what)
     try:
         return found()
-    except Exception as error:  # noqa: BLE001 - the site's own code; its text may hold values
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - the site's own code; its text may hold values
         raise MisuseError(
             f"{option} {name}: the call failed with {type(error).__name__}. It is called without "
             "arguments; try it in Python first."
@@ -104,7 +105,7 @@ def _found(name: str, option: str, what: str) -> Callable[[], object]:
         sys.path.insert(0, folder)
     try:
         found = getattr(importlib.import_module(where), attribute, None)
-    except Exception as error:  # noqa: BLE001 - the site's own code; its text may hold values
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - the site's own code; its text may hold values
         raise MisuseError(
             f"{option}: {where} cannot be imported ({type(error).__name__}). It is looked for in "
             "this folder and in the installed packages."
@@ -178,6 +179,32 @@ def _split(records: Records, generator: torch.Generator) -> tuple[Records, Recor
 
 
 def _number(value: object, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise MisuseError(f"{name} must be a number.")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise MisuseError(f"{name} must be a finite number.")
     return float(value)
+
+
+def _whole(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise MisuseError("batch must be a whole number.")
+    return value
+
+
+def _loss(given: object, train: Records) -> Callable[[Tensor, Tensor], Tensor]:
+    if given is None:
+        return default_loss(train.labels)
+    if not callable(given):
+        raise MisuseError("loss must be a function of the model's answers and the labels.")
+    return given
+
+
+def _columns(given: object, train: Records) -> tuple[int, ...]:
+    """Numbers of the columns that hold categories."""
+    width = train.inputs[0].numel() if len(train) else 0
+    if not isinstance(given, Sequence) or not all(
+        isinstance(column, int) and 0 <= column < width for column in given
+    ):
+        raise MisuseError(
+            f"categorical must list numbers of columns, from 0 to {max(0, width - 1)}."
+        )
+    return tuple(given)

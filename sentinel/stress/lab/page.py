@@ -12,12 +12,13 @@ from sentinel.stress.lab.charts import STYLE as CHART_STYLE
 from sentinel.stress.lab.charts import curve_svg
 from sentinel.stress.lab.gallery import STYLE as GALLERY_STYLE
 from sentinel.stress.lab.gallery import before_after, worst_record
+from sentinel.stress.lab.result import CONFIDENCE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from sentinel.stress.lab.finding import Tally
-    from sentinel.stress.lab.result import Curves, Result, Row, Side
+    from sentinel.stress.lab.result import Curves, Point, Result, Row, Side
 
 _INTRODUCTION = """<p>In federated learning a hospital never sends records. It sends an
 <em>update</em>: the change that its records made to a shared model. This test plays the server that
@@ -74,12 +75,13 @@ def _privacy_note(where: str, *, redacted: bool) -> str:
 
 
 def _subject(result: Result, *, redacted: bool) -> str:
-    found = "bad" if result.leaks else "good"
+    unclear = result.inconclusive or result.withheld_entirely
+    found = "bad" if result.leaks else "" if unclear else "good"
     said = "".join(f"<li>{escape(line)}</li>" for line in words.sentences(result))
     parts = [
         f"<h2>{escape(result.name)}: policy <code>{escape(result.policy)}</code></h2>",
         _partial(result),
-        f'<p class="verdict {found if result.rows else ""}">{escape(words.verdict(result))}</p>',
+        f'<p class="verdict {found}">{escape(words.verdict(result))}</p>',
         f"<ul>{said}</ul>",
         before_after(result, redacted=redacted),
         _figures(result),
@@ -100,13 +102,13 @@ def _partial(result: Result) -> str:
 def _figures(result: Result) -> str:
     rows = [
         (
-            row.item.setting.words,
+            _condition(result, at) if index == 0 else "",
             _measure(row, index),
             _cell(row.raw, index),
-            _cell(row.policy, index),
-            _cell(row.alone, index) if row.alone.updates else "-",
+            _cell(row.policy, index, result.confidence),
+            _cell(row.alone, index, result.confidence) if row.alone.updates else "-",
         )
-        for row in result.rows
+        for at, row in enumerate(result.rows)
         for index in range(_measures(row))
     ]
     head = (
@@ -117,8 +119,17 @@ def _figures(result: Result) -> str:
         "had the guard been fooled",
     )
     return f"""<h3>Every figure</h3>
-<p>In brackets what somebody gets who knows nothing. "Had the guard been fooled" is what clip, noise
-and mask alone leave of an update that the guard kept in.</p>{table(head, rows)}"""
+<p>In brackets what somebody gets who knows nothing; for members, the share of others that were
+called members, and .50 of each is chance. "From ... to ..." is the interval of the difference, at
+95 % for all comparisons together: above what passes, it is a leak. "Had the guard been fooled" is
+what clip, noise and mask alone leave of an update that the guard kept in.</p>{table(head, rows)}"""
+
+
+def _condition(result: Result, at: int) -> str:
+    """The condition of a row, told once for all rows that follow one another under it."""
+    setting = result.rows[at].item.setting
+    told = at > 0 and result.rows[at - 1].item.setting == setting
+    return "" if told else setting.words
 
 
 def _measures(row: Row) -> int:
@@ -136,13 +147,20 @@ def _measure(row: Row, index: int) -> str:
     return row.item.attack + mark
 
 
-def _cell(side: Side, index: int) -> str:
+def _cell(side: Side, index: int, confidence: float | None = None) -> str:
     if side.finding is None:
         return words.outcome(side)
     tally = side.finding.tallies[index]
     kept = f"; {words.outcome(side)}" if side.kept else ""
     cut = "; cut short" if side.finding.cut else ""
-    return f"{_of(tally)} ({tally.chance:.2f}), n = {len(tally.values)}{cut}{kept}"
+    open_ = "" if confidence is None else f"; {_gain(tally, confidence)}"
+    return f"{_of(tally)} ({tally.chance:.2f}), n = {len(tally.values)}{open_}{cut}{kept}"
+
+
+def _gain(tally: Tally, confidence: float) -> str:
+    """The interval of the gain, as far as a gain can go."""
+    found = tally.interval(confidence)
+    return f"from {max(-1.0, found.low):.2f} to {min(1.0, found.high):.2f}"
 
 
 def _of(tally: Tally) -> str:
@@ -153,7 +171,7 @@ def _curves(curves: Curves) -> str:
     rows = [
         (
             point.turn.words,
-            "kept in" if point.leak is None else f"{_of(point.leak)} ({point.leak.chance:.2f})",
+            _attacked(point),
             "no time" if point.utility is None else f"{point.utility.mean:.3f}",
         )
         for point in curves.points
@@ -163,7 +181,7 @@ def _curves(curves: Curves) -> str:
             0,
             (
                 "no guard",
-                f"{_of(curves.raw)} ({curves.raw.chance:.2f})",
+                _leaked(curves.raw),
                 f"{curves.utility.mean:.3f}",
             ),
         )
@@ -177,7 +195,19 @@ what the attack gets, with nothing but clip, noise and mask between ({where}). T
 federation of four parts of these records learns. Where to be is the corner below on the
 right.{more}</p>
 {curve_svg(curves)}
-{table(("policy", "attacker gets (knowing nothing)", metric), rows)}"""
+{table(("policy", "attacker gets (knowing nothing); 95 % of the gain", metric), rows)}"""
+
+
+def _attacked(point: Point) -> str:
+    if point.leak is not None:
+        return _leaked(point.leak)
+    return "kept in" if point.kept else "no time"
+
+
+def _leaked(tally: Tally) -> str:
+    """One dot of the curve as figures; each turn by itself, so that nothing is shared out."""
+    count = f"n = {len(tally.values)}"
+    return f"{_of(tally)} ({tally.chance:.2f}), {count}; {_gain(tally, CONFIDENCE)}"
 
 
 def _what_was_tried(result: Result) -> str:

@@ -23,9 +23,12 @@ if TYPE_CHECKING:
 
 MOST_UPDATES = 24  # under one condition
 AVERAGED = 128  # records behind an update of several local epochs, where there are so many
-VIEWS = 3  # an update is attacked raw, as released, and as clip and noise leave it
+VIEWS = 2  # an update is attacked raw, and as released or as clip and noise leave it
 PATIENT = 1200.0  # seconds from which servers are tried that train their trap
 DOOR = 1.0  # seconds that a guard takes to look at a global model it has not seen
+PLANNED = 0.55  # share of the time that is planned for; the rest is for the curves, and in reserve
+FIRST = 2  # conditions that every plan begins with, however short the time
+LONE = 0.5  # of an attack's time, where one record is behind an update
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,8 @@ class Item:
     @property
     def seconds(self) -> float:
         """About how long it takes."""
-        return VIEWS * self.updates * (ATTACKS[self.attack].seconds + 0.05) + DOOR
+        each = ATTACKS[self.attack].seconds * (LONE if self.setting.records == 1 else 1.0)
+        return VIEWS * self.updates * (each + 0.05) + DOOR
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +62,18 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything that is to be tried, and everything that cannot be."""
+    """Everything that is to be tried, and everything that cannot be.
+
+    Attributes:
+        items: in the order of their worth.
+        skipped: what cannot be tried, and why.
+        core: how many of the items fit into the time by estimate; the others are tried where the
+            test turns out to be faster, and a test without them is not partial.
+    """
 
     items: tuple[Item, ...]
     skipped: tuple[Skipped, ...]
+    core: int
 
 
 def make_plan(
@@ -95,7 +107,7 @@ def make_plan(
                 items.append(Item(setting, attack.name, _updates(attack, setting)))
             else:
                 skipped.append(Skipped(f"{attack.name}: {setting.words}", why))
-    return Plan(tuple(items), tuple(_merged(skipped)))
+    return Plan(tuple(items), tuple(_merged(skipped)), _core(items, seconds))
 
 
 def settings(records: int, least: int, crafted: Sequence[str]) -> list[Setting]:
@@ -123,6 +135,18 @@ def settings(records: int, least: int, crafted: Sequence[str]) -> list[Setting]:
         *(Setting(name, later, ample) for name in crafted[:1]),
     ]
     return list(dict.fromkeys(found))
+
+
+def _core(items: Sequence[Item], seconds: float) -> int:
+    """How many items fit into the time; those of the first conditions always count."""
+    first = list(dict.fromkeys(item.setting for item in items))[:FIRST]
+    spent, count = 0.0, 0
+    for item in items:
+        spent += item.seconds
+        if spent > PLANNED * seconds and item.setting not in first:
+            break
+        count += 1
+    return count
 
 
 def _unfit(name: str, subject: Subject, seconds: float, generator: torch.Generator) -> str | None:

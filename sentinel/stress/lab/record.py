@@ -47,6 +47,7 @@ def _subject(result: Result) -> dict[str, Any]:
         "leaks": len(result.leaks),
         "confidence_each": result.confidence,
         "withheld_entirely": result.withheld_entirely,
+        "inconclusive": result.inconclusive,
         "partial": result.partial,
         "interrupted": result.interrupted,
         "seconds": round(result.seconds, 1),
@@ -92,9 +93,11 @@ def tally_record(tally: Tally) -> dict[str, Any]:
     found = tally.interval()
     return {
         "measure": tally.measure,
-        "records": len(tally.values),
+        "count": len(tally.values),
+        "of": tally.of,
         "mean": _number(tally.mean),
-        "knowing_nothing": _number(tally.chance),
+        "beside": tally.beside,
+        "yardstick": _number(tally.chance),
         "gain_95": [_number(found.low), _number(found.high)],
         "margin": tally.margin,
     }

@@ -136,8 +136,7 @@ class Result:
     def partial(self) -> bool:
         """Whether less was done than planned."""
         short = self.curves is not None and len(self.curves.points) < self.curves.planned
-        late = any(one.why == NO_TIME for one in self.skipped)
-        return self.interrupted or short or late or any(row.partial for row in self.rows)
+        return self.ended_early or short or any(row.partial for row in self.rows)
 
     @property
     def confidence(self) -> float:
@@ -159,9 +158,23 @@ class Result:
 
     @property
     def withheld_entirely(self) -> bool:
-        """Whether the policy let not one update out."""
+        """Whether the policy let not one update out, of everything that was to be tried."""
         tried = any(row.policy.updates for row in self.rows)
-        return tried and not any(row.policy.released for row in self.rows)
+        released = any(row.policy.released for row in self.rows)
+        return tried and not released and not self.ended_early
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether something planned was not even begun."""
+        return self.interrupted or any(one.why == NO_TIME for one in self.skipped)
+
+    @property
+    def inconclusive(self) -> bool:
+        """Whether nothing can be said: no leak, and no attack on a released update was through."""
+        through = any(row.policy.finding and not row.policy.finding.cut for row in self.rows)
+        return not through and not self.leaks and not self.withheld_entirely
 
 
 NO_TIME = "the time was up"
+BEYOND = "it does not fit into the time of this test; give it more minutes"
+DIVERGED = "training on what this server sent gives no finite update"

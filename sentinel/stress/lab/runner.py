@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -14,10 +15,10 @@ from sentinel.house import promise_of
 from sentinel.stress.lab.attacks import ATTACKS
 from sentinel.stress.lab.curves import draw_curves, worth_drawing
 from sentinel.stress.lab.deadline import Deadline, OutOfTimeError
-from sentinel.stress.lab.exchange import GuardedDoor, Site, raw
+from sentinel.stress.lab.exchange import GuardedDoor, Site, norm_of, raw
 from sentinel.stress.lab.home import scratch
 from sentinel.stress.lab.plan import Skipped, make_plan
-from sentinel.stress.lab.result import NO_TIME, Result, Row, Side
+from sentinel.stress.lab.result import BEYOND, DIVERGED, NO_TIME, Result, Row, Side
 from sentinel.stress.lab.servers import SERVERS
 from sentinel.terms import Unit
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 CURVES_FIRST = 3  # conditions that come before the curves
 CURVES_SHARE = 0.5  # of the time left when their turn comes
+SPARE = 1.5  # times its estimate must be left for an item beyond the plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,10 @@ def run_lab(
     return lab.result(time.monotonic() - begun)
 
 
+class _DivergedError(Exception):
+    """Raised where local training gives numbers that are none."""
+
+
 class _Lab:
     """One test under way; what it has can be asked for at any time."""
 
@@ -125,11 +131,12 @@ class _Lab:
         self._rows: list[Row] = []
         self._late: list[Skipped] = []
         self._curves: Curves | None = None
+        self._spent = 0.0
         self.interrupted = False
 
     def run(self) -> None:
         """Work through the plan."""
-        items = self._plan.items
+        items, core = self._plan.items, self._plan.core
         first = len({item.setting for item in items}) > CURVES_FIRST
         before = _settings_before(items, CURVES_FIRST) if first else len(items)
         drawn = False
@@ -140,7 +147,10 @@ class _Lab:
                 self._draw()
                 drawn = True
             self._on_step(at, len(items) + 1)
-            self._try(item, items[at:], early if at < before else self._deadline)
+            if at < core:
+                self._try(item, items[at:core], early if at < before else self._deadline)
+            elif self._fits(item):
+                self._try(item, (item,), self._deadline)
         if not drawn:
             self._draw()
         self._on_step(len(items) + 1, len(items) + 1)
@@ -150,10 +160,10 @@ class _Lab:
         subject, policy = self._subject, self._loaded.policy
         tried = {id(row.item) for row in self._rows}
         late = {one.what for one in self._late}
-        for item in self._plan.items:
-            what = f"{item.attack}: {item.setting.words}"
+        for at, item in enumerate(self._plan.items):
+            what = _what(item)
             if id(item) not in tried and what not in late:
-                self._late.append(Skipped(what, NO_TIME))
+                self._late.append(Skipped(what, NO_TIME if at < self._plan.core else BEYOND))
         public = 0 if subject.public is None else len(subject.public)
         promise = promise_of(policy)
         return Result(
@@ -172,6 +182,12 @@ class _Lab:
             interrupted=self.interrupted,
         )
 
+    def _fits(self, item: Item) -> bool:
+        """Whether an item beyond the plan can be done in the time left, at the pace so far."""
+        expected = sum(row.item.seconds for row in self._rows)
+        pace = self._spent / expected if expected else 1.0
+        return SPARE * pace * item.seconds < self._deadline.left
+
     def _try(self, item: Item, rest: Sequence[Item], limit: Deadline) -> None:
         """One attack under one condition, within its share of the time and never after `limit`."""
         if limit.passed:
@@ -183,6 +199,7 @@ class _Lab:
         share = max(item.seconds / ahead, min(1.0, 2 * item.seconds / max(self._deadline.left, 1)))
         deadline = Deadline(min(limit.at, self._deadline.share(min(1.0, share)).at))
         row = Row(item, Side(), Side(), Side())
+        begun = time.monotonic()
         for number in range(item.updates):
             if deadline.passed and number:
                 break
@@ -190,8 +207,13 @@ class _Lab:
                 row = self._attacked(row, number, deadline)
             except OutOfTimeError:
                 break
+            except _DivergedError:
+                if row.raw.updates == 0:
+                    self._late.append(Skipped(_what(item), DIVERGED))
+                break
             if row.error is not None:
                 break
+        self._spent += time.monotonic() - begun
         if row.raw.updates or row.error is not None:
             self._rows.append(row)
 
@@ -207,7 +229,7 @@ class _Lab:
                 if alone is None
                 else self._side(row, row.alone, update, alone, deadline),
             )
-        except OutOfTimeError:
+        except (OutOfTimeError, _DivergedError):
             raise
         except Exception as error:  # noqa: BLE001 - of an attack; told by type, its text may hold values
             return replace(row, error=type(error).__name__)
@@ -229,6 +251,8 @@ class _Lab:
         made = self._made.setdefault(setting, [])
         while len(made) <= number:
             update = self._site.update(setting, SERVERS[setting.server])
+            if not math.isfinite(norm_of(update)):
+                raise _DivergedError
             policy, alone = self._doors
             first = policy.send(update, self._site.model, setting.records)
             second = None
@@ -248,6 +272,10 @@ class _Lab:
         deadline = self._deadline.share(CURVES_SHARE)
         folder, seed = self._home / "curves", self._options.seed
         self._curves = draw_curves(self._subject, self._loaded, item, folder, seed, deadline)
+
+
+def _what(item: Item) -> str:
+    return f"{item.attack}: {item.setting.words}"
 
 
 def _settings_before(items: Sequence[Item], count: int) -> int:

@@ -92,6 +92,7 @@ class Subject:
         for part in (self.train, self.held_out, self.public):
             if part is not None:
                 _require_records(part, self.kind)
+                _require_alike(part, self.train)
         object.__setattr__(self, "start", copied(self.model.state_dict()))
         self._require_fit()
 
@@ -141,6 +142,20 @@ def kind_of(inputs: Tensor) -> Kind:
     if not inputs.is_floating_point():
         return Kind.TEXT
     return Kind.TABLE if inputs.ndim == _AXES["table"] else Kind.IMAGE
+
+
+def _require_alike(part: Records, train: Records) -> None:
+    """Held-out and public records are of the shape and type of those that are trained on."""
+    alike = (
+        part.inputs.shape[1:] == train.inputs.shape[1:]
+        and part.inputs.is_floating_point() == train.inputs.is_floating_point()
+        and part.labels.is_floating_point() == train.labels.is_floating_point()
+    )
+    if not alike:
+        raise MisuseError(
+            "Held-out and public records must have the shape and type of the records of train, "
+            f"inputs {list(train.inputs.shape[1:])}; got {list(part.inputs.shape[1:])}."
+        )
 
 
 def _require_records(part: Records, kind: Kind) -> None:

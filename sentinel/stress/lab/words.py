@@ -36,7 +36,7 @@ def verdict(result: Result) -> str:
         if tried == 0:
             return (
                 "Nothing can be said: no attack on an update that this policy let out was through "
-                "before the time was up. Give the test more time."
+                "before the test ended. Give it more time."
             )
         kinds = "1 kind of attack" if tried == 1 else f"{tried} kinds of attack"
         return (
@@ -61,10 +61,11 @@ def sentences(result: Result) -> list[str]:
         f"{public or 'no'} public records beforehand."
     )
     said = [beforehand]
-    if (strongest := _strongest(result)) is not None:
-        row, tally = strongest
-        said.append(f"Without the guard: {_share(tally)} ({row.item.setting.words}).")
-    said += [line for line in (_kept(result), _fooled(result)) if line]
+    said += [
+        f"Without the guard, at its strongest: {_share(tally)} ({row.item.setting.words})."
+        for row, tally in _strongest(result)
+    ]
+    said += [line for line in (assurance(result), _kept(result), _fooled(result)) if line]
     if result.promise is None:
         said.append(
             "The policy makes no formal promise: what is said here is measured, and holds for the "
@@ -79,6 +80,32 @@ def sentences(result: Result) -> list[str]:
     if result.partial:
         said.append(_short(result))
     return said
+
+
+def assurance(result: Result) -> str | None:
+    """How large a gain the figures leave open, for each attack where it was measured best."""
+    best: dict[str, Tally] = {}
+    for row in result.rows:
+        if row.policy.finding is not None:
+            tally = row.policy.finding.main
+            known = best.get(row.item.attack)
+            if known is None or len(tally.values) > len(known.values):
+                best[row.item.attack] = tally
+    if not best:
+        return None
+    told = ", ".join(
+        f"{name} {_most(tally, result.confidence)} ({len(tally.values)} {tally.of})"
+        for name, tally in best.items()
+    )
+    return (
+        "How much more than knowing nothing an attacker may still have got from what was let out, "
+        f"at most, where it was measured on most: {told}; 95 % for all comparisons together."
+    )
+
+
+def _most(tally: Tally, confidence: float) -> str:
+    """Upper end of the gain's interval, never more than all of it."""
+    return f"{max(0.0, min(1.0, tally.interval(confidence).high)):.2f}"
 
 
 def tried(result: Result) -> list[tuple[str, str, str]]:
@@ -107,20 +134,25 @@ def figure(side: Side, index: int = 0) -> str:
         return outcome(side)
     tally = side.finding.tallies[index]
     cut = ", cut short" if side.finding.cut else ""
-    return f"{tally.mean:.2f} (knowing nothing {tally.chance:.2f}{cut})"
+    return f"{tally.mean:.2f} ({tally.chance:.2f}{cut})"
 
 
 def _share(tally: Tally) -> str:
     return (
-        f"{tally.measure}: {tally.mean:.2f} on average over {len(tally.values)} records, where "
-        f"knowing nothing gives {tally.chance:.2f}"
+        f"{tally.measure}: {tally.mean:.2f} on average over {len(tally.values)} {tally.of}; "
+        f"{tally.beside}: {tally.chance:.2f}"
     )
 
 
-def _strongest(result: Result) -> tuple[Row, Tally] | None:
-    """The strongest attack on raw updates; without one the test says little."""
-    found = [(row, row.raw.finding.main) for row in result.rows if row.raw.finding is not None]
-    return max(found, key=lambda one: one[1].gain, default=None)
+def _strongest(result: Result) -> list[tuple[Row, Tally]]:
+    """Each attack where it did best on raw updates; without one that does, the test says little."""
+    best: dict[str, tuple[Row, Tally]] = {}
+    for row in result.rows:
+        if row.raw.finding is not None:
+            tally, known = row.raw.finding.main, best.get(row.item.attack)
+            if known is None or tally.gain > known[1].gain:
+                best[row.item.attack] = (row, tally)
+    return list(best.values())
 
 
 def _kept(result: Result) -> str | None:
@@ -150,7 +182,7 @@ def _fooled(result: Result) -> str | None:
     leaks = [(row, tally) for row, tally in found if tally.leaks(result.confidence)]
     start = "Had the guard been fooled (too many patients named, the malicious server not noticed)"
     if not leaks:
-        return f"{start}, clip and noise alone would have left these attackers nothing."
+        return f"{start}, no gain from what clip and noise alone leave could be told from chance."
     row, tally = max(leaks, key=lambda one: one[1].gain)
     return (
         f"{start}, clip and noise alone would not do: {_share(tally)} ({row.item.setting.words})."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the name that PyTorch's users know
@@ -16,6 +17,8 @@ from sentinel.stress.layers import copied
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+pytestmark = pytest.mark.usefixtures("known_noise")
 
 
 def loss(answers: Tensor, labels: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from sentinel.stress.layers import State, copied
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.usefixtures("known_noise")
 QUICK = Attacker(points=2, shadows=4)
 PLANTED = 20
 

@@ -21,6 +21,7 @@ from sentinel.stress.layers import State, copied
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.usefixtures("known_noise")
 POLICY = """
 schema = 1
 name = "observed"

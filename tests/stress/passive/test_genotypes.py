@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+pytestmark = pytest.mark.usefixtures("known_noise")
 VARIANTS = 40
 QUICK = Relaxation(restarts=2, iterations=120, hardness=(10.0,))
 

@@ -22,6 +22,7 @@ from sentinel.stress.passive.local_training import LocalTraining, Seen
 from sentinel.stress.passive.prior import ImagePrior, filled_prior, fit_prior, smooth_prior
 from sentinel.stress.ssim import ssim
 
+pytestmark = pytest.mark.usefixtures("known_noise")
 DATA = xray_data.load()
 SIZE = (28, 28)
 SMOOTH = smooth_prior(SIZE, 2)

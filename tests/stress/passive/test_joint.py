@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("known_noise")
 COHORT = cohorts.load("cleveland")
 PICTURES = xray_data.load()
 QUICK = JointSearch(iterations=150, total_variation=5e-3, hardness=())

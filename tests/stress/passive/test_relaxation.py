@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+pytestmark = pytest.mark.usefixtures("known_noise")
 QUICK = Relaxation(restarts=4, iterations=150, step=0.15, hardness=(5.0, 20.0))
 COHORT = cohorts.load("cleveland")
 HIDDEN = 64

@@ -19,6 +19,7 @@ from sentinel.stress.passive.released import let_out
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.usefixtures("known_noise")
 POLICY = """
 schema = 1
 name = "test"

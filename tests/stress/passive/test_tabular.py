@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+pytestmark = pytest.mark.usefixtures("known_noise")
 EXACT_AT_64, EXACT_AT_256 = 0.37, 0.73  # honest model, batch of 8: the project's reference figures
 NEAR_AT_ONE = {0.05: 1.0, 0.5: 0.98, 1.0: 0.64, 2.0: 0.22, 5.0: 0.0}  # one record, by noise ratio
 

@@ -52,7 +52,7 @@ TOKENS |= {"fishing-class": "fishes", "token-bins": "reads", "suppression": "fis
 VERDICTS: dict[str, dict[str, str]] = {
     "mlp": dict.fromkeys([recipe.name for recipe in RECIPES], "reads")
     | {"loki": REFUSED, "trap-weights-identity": REFUSED, "token-bins": REFUSED}
-    | {"isolation": "fishes"},
+    | {"isolation": "fishes", "suppression": "fishes"},
     "lenet": dict.fromkeys([recipe.name for recipe in RECIPES], "reads")
     | {"token-bins": REFUSED, "isolation": "fishes", "learned-dominance": "fishes"},
     "resnet18-bn": ROWS,

@@ -28,7 +28,7 @@ class Labels:
     title = "diagnoses (labels) behind the update, counted from its last layer"
     knows = "the model it sent, the guard's treatment, and public records where there are any"
     worth = 0.6
-    seconds = 0.1
+    seconds = 0.05
     wanted = 256
 
     def misfit(self, subject: Subject, setting: Setting) -> str | None:
@@ -49,7 +49,8 @@ class Labels:
         usual = _usual(case.subject, len(behind))
         values, chances = _overlap(_guess(case), true), _overlap(usual, true)
         measure = "diagnoses of one record, or counts of them, that are right"
-        return Finding((Tally(measure, (values,), (chances,), paired=True, margin=MARGIN),))
+        tally = Tally(measure, (values,), (chances,), paired=True, margin=MARGIN, of="updates")
+        return Finding((tally,))
 
 
 def _guess(case: Case) -> Tensor:

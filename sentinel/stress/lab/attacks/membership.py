@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 
 FEWEST = 8  # members under which a share says nothing
 MARGIN = 0.05  # difference of the shares that counts as nothing
+OTHERS = "others called members"
 _MIXING = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 ATTACKER = Attacker(points=3, shadows=8)
 # The measures, the one that the verdict rests on first.
 _WORDS = {
-    "joint": "members told from others (all candidates at once)",
-    "shadow": "members told from others (shadow trainings)",
-    "drop": "members told from others (fall of the loss)",
+    "joint": "members called members (all candidates at once)",
+    "shadow": "members called members (shadow trainings)",
+    "drop": "members called members (fall of the loss)",
 }
 
 
@@ -44,7 +45,7 @@ class Membership:
         "and records of its own"
     )
     worth = 0.8
-    seconds = 1.0
+    seconds = 0.5
     wanted = 256
 
     def misfit(self, subject: Subject, setting: Setting) -> str | None:
@@ -108,4 +109,4 @@ def _told(measure: str, scores: Tensor, members: int) -> Tally:
     upper = torch.zeros(len(scores))
     upper[scores.argsort(descending=True)[:members]] = 1.0
     values, chances = upper[:members].tolist(), upper[members:].tolist()
-    return Tally(measure, tuple(values), tuple(chances), margin=MARGIN)
+    return Tally(measure, tuple(values), tuple(chances), margin=MARGIN, beside=OTHERS)
