@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from sentinel.cli.console import (
     REFUSED,
@@ -20,6 +23,8 @@ from sentinel.cli.console import (
 from sentinel.errors import MisuseError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from sentinel.stress.lab.result import Result
 
 app = typer.Typer(
@@ -29,6 +34,8 @@ app = typer.Typer(
 )
 
 _DEMO_MINUTES, _MINUTES = 4.0, 10.0
+_CUT = " (the time was up before the search was through: a weaker one may do)"
+_FILES = ("stress.json", "stress.html")
 # name, model, data, policy, share of the time that is left
 _DEMO = (
     ("Heart-disease records", "heart_net", "hearts", "tabular-ehr", 0.35),
@@ -53,7 +60,10 @@ def stress_command(
     demo: Annotated[bool, typer.Option("--demo", help="On the public data of the demo.")] = False,
     budget: Annotated[
         float | None,
-        typer.Option(help="Minutes that it may take; 10 where left out, 3 for the demo."),
+        typer.Option(
+            help=f"Minutes that it may take; {_MINUTES:g} where left out, {_DEMO_MINUTES:g} for "
+            "the demo."
+        ),
     ] = None,
     attacks: Annotated[
         str, typer.Option(help="Names of attacks, with commas between; all where left out.")
@@ -71,7 +81,7 @@ def stress_command(
     """Attack your own updates, raw and as the policy lets them out.
 
     Exit code 1 where an attacker got something out of what was released, where everything was
-    withheld, or where the test was stopped.
+    withheld or nothing can be said, or where the test was stopped.
     """
     if ctx.invoked_subcommand is not None:
         return
@@ -81,16 +91,37 @@ def stress_command(
     if not minutes > 0.0:
         raise MisuseError("--budget must be a number of minutes above 0.")
     names = tuple(name.strip() for name in attacks.split(",") if name.strip())
-    if demo:
-        results = _run_demo(names, minutes * 60, seed, curves=curves)
-    else:
-        results = [_run(str(model), str(data), str(policy), names, minutes * 60, seed, curves)]
+    # Standard output is the report's: whatever the site's code prints goes beside it.
+    with _stoppable(), contextlib.redirect_stdout(sys.stderr):
+        if demo:
+            results = _run_demo(names, minutes * 60, seed, curves=curves)
+        else:
+            results = [_run(str(model), str(data), str(policy), names, minutes * 60, seed, curves)]
     if not any(result.rows for result in results):
         say_error("Nothing was measured, so that nothing was written. Give it more time.")
         raise typer.Exit(REFUSED)
     _write(results, out, redact=redact, as_json=as_json)
-    if any(result.leaks or result.withheld_entirely or result.interrupted for result in results):
+    if not all(_passes(result) for result in results):
         raise typer.Exit(REFUSED)
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """A request to end is taken as Ctrl-C is: a report of what is done, and nothing left behind."""
+
+    def stop(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    former = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+def _passes(result: Result) -> bool:
+    unclear = result.withheld_entirely or result.inconclusive or result.interrupted
+    return not (result.leaks or unclear)
 
 
 def _require_options(
@@ -105,8 +136,22 @@ def _require_options(
 
 def _require_folder(out: Path) -> None:
     """Refuse a folder that cannot be written before anything is run."""
+    import tempfile
+
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise MisuseError("--out must be a folder, and no link: records of patients are written.")
+    if any((out / name).is_dir() for name in _FILES):
+        raise MisuseError(f"{out} holds a folder in the place of {' or '.join(_FILES)}.")
+    try:
+        there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise MisuseError(_unwritable(out, error)) from None
+
+
+def _unwritable(out: Path, error: OSError) -> str:
+    return f"{out} cannot be written ({error.strerror}); name another folder with --out."
 
 
 def _run(
@@ -163,9 +208,12 @@ def _write(results: list[Result], out: Path, *, redact: bool, as_json: bool) -> 
 
     figures = record(results)
     html = page(results, str(out.resolve()), redacted=redact)
-    out.mkdir(mode=0o700, parents=True, exist_ok=True)
-    replace_file(out / "stress.json", json.dumps(figures, indent=2, sort_keys=True).encode())
-    replace_file(out / "stress.html", html.encode())
+    try:
+        out.mkdir(mode=0o700, parents=True, exist_ok=True)
+        replace_file(out / "stress.json", json.dumps(figures, indent=2, sort_keys=True).encode())
+        replace_file(out / "stress.html", html.encode())
+    except OSError as error:
+        raise MisuseError(_unwritable(out, error)) from None
     if as_json:
         print_json(figures)
         return
@@ -178,19 +226,26 @@ def _print(result: Result) -> None:
     from sentinel.stress.lab import words
 
     screen = console()
-    screen.print(f"{result.name}, policy {result.policy}", style="bold", markup=False)
-    table = Table("condition", "attack", "without guard", "with the policy")
+
+    def say(line: str, style: str | None = None) -> None:
+        screen.print(line, style=style, markup=False, emoji=False, soft_wrap=True)
+
+    say(f"{result.name}, policy {result.policy}", "bold")
+    say(f"  {'attack':<12}{'without guard':<24}with the policy")
+    told = None
     for row in result.rows:
-        table.add_row(
-            row.item.setting.words + (" (partial)" if row.partial else ""),
-            row.item.attack,
-            words.figure(row.raw),
-            words.figure(row.policy),
-        )
-    screen.print(table)
-    screen.print(words.verdict(result), markup=False, soft_wrap=True)
+        if row.item.setting != told:
+            told = row.item.setting
+            say(told.words, "dim")
+        raw = f"error: {row.error}" if row.error is not None else words.figure(row.raw)
+        partial = ", partial" if row.partial else ""
+        say(f"  {row.item.attack:<12}{raw:<24}{words.figure(row.policy)}{partial}")
+    say("In brackets: what knowing nothing gives; for membership, others called members.", "dim")
+    say(words.verdict(result))
+    if (assurance := words.assurance(result)) is not None:
+        say(assurance)
     if result.partial:
-        screen.print("Partial: less was done than planned; the report lists what was not.")
+        say("Partial: less was done than planned; the report lists what was not.")
 
 
 @app.command("calibrate")
@@ -214,41 +269,60 @@ def calibrate_command(
     """
     import torch
 
-    from sentinel.durable import replace_file
     from sentinel.policy import load_policy
     from sentinel.stress.lab.calibration import DEFAULT_TARGETS, calibrate
     from sentinel.stress.lab.loading import load_subject
 
     targets = _targets(target) or DEFAULT_TARGETS
-    if out.exists() or out.is_symlink():
-        raise MisuseError(f"{out} exists; name a file that does not.")
-    if not out.parent.is_dir():
-        raise MisuseError(f"There is no folder {out.parent}; make it first.")
+    _require_new(out)
     if not budget > 0.0:
         raise MisuseError("--budget must be a number of minutes above 0.")
     loaded = load_policy(policy)
     subject = load_subject(model, data, torch.Generator().manual_seed(seed))
-    with progress("calibration") as on_step:
+    with (
+        _stoppable(),
+        contextlib.redirect_stdout(sys.stderr),
+        progress("calibration") as on_step,
+    ):
         found = calibrate(subject, loaded, targets, seconds=budget * 60, seed=seed, on_step=on_step)
     lines = [one.words for one in found.evidence]
     if found.text is not None:
-        replace_file(out, found.text.encode())
+        _save(out, found.text)
     if as_json:
         reached = found.text is not None
         knobs = {"keep": found.keep, "max_norm": found.max_norm}
         knobs |= {"noise_ratio": found.noise_ratio} if reached else {}
-        print_json({"reached": reached, "tried": found.tried, "evidence": lines, **knobs})
+        told = {"reached": reached, "cut": found.cut, "tried": found.tried, "evidence": lines}
+        print_json(told | knobs)
     else:
         for line in lines:
             console().print(line, markup=False, soft_wrap=True)
         said = (
-            f"noise_ratio {found.noise_ratio:g}, keep {found.keep:g}: {out}"
+            f"noise_ratio {found.noise_ratio:g}, keep {found.keep:g}{_CUT * found.cut}: {out}"
             if found.text is not None
             else "No knobs that were tried reach the target; nothing was written."
         )
         console().print(said, markup=False, soft_wrap=True)
     if found.text is None:
         raise typer.Exit(REFUSED)
+
+
+def _require_new(out: Path) -> None:
+    """Refuse a file that cannot be written before anything is run."""
+    if out.exists() or out.is_symlink():
+        raise MisuseError(f"{out} exists; name a file that does not.")
+    if not out.parent.is_dir():
+        raise MisuseError(f"There is no folder {out.parent}; make it first.")
+    _require_folder(out.parent.resolve())
+
+
+def _save(out: Path, text: str) -> None:
+    from sentinel.durable import replace_file
+
+    try:
+        replace_file(out, text.encode())
+    except OSError as error:
+        raise MisuseError(_unwritable(out, error)) from None
 
 
 def _targets(text: str) -> dict[str, float]:
@@ -259,4 +333,6 @@ def _targets(text: str) -> dict[str, float]:
             found[name.strip()] = float(gain)
         except ValueError:
             raise MisuseError("--target must be attack=number, as in rows=0.") from None
+        if not math.isfinite(found[name.strip()]):
+            raise MisuseError("--target must be a finite number, as in rows=0.")
     return found

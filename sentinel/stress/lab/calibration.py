@@ -86,6 +86,7 @@ class Calibrated:
         evidence: what was measured at these knobs on records drawn anew; at the strictest knobs
             that were tried where none reached the target.
         tried: how many turns of the knobs were measured.
+        cut: whether the time was up before the search was through: a weaker ratio may do.
     """
 
     text: str | None
@@ -94,6 +95,7 @@ class Calibrated:
     max_norm: float
     evidence: tuple[Measured, ...]
     tried: int
+    cut: bool = False
 
 
 def calibrate(  # noqa: PLR0913 - each is one choice of the site
@@ -165,6 +167,7 @@ class _Calibration:
         self._subject, self._loaded = subject, bare(loaded)
         self._whole, self._deadline, self._seed = loaded, deadline, seed
         self._tried = 0
+        self._cut = False
         if why := fixed_knob(loaded, Knob.NOISE_RATIO):
             raise MisuseError(why)
         generator = torch.Generator().manual_seed(seed)
@@ -184,7 +187,7 @@ class _Calibration:
                 evidence = self._measure(ratio, keep, home)
                 if all(one.reached for one in evidence):
                     text = self._text(ratio, keep, evidence)
-                    return Calibrated(text, ratio, keep, norm, evidence, self._tried)
+                    return Calibrated(text, ratio, keep, norm, evidence, self._tried, self._cut)
                 if ratio >= HIGHEST or self._deadline.passed:
                     break
                 ratio = min(HIGHEST, _rounded(ratio * 1.5))
@@ -216,7 +219,10 @@ class _Calibration:
         if self._reaches(LOWEST, keep, home):
             return LOWEST
         for _ in range(STEPS):
-            if high - low < math.log(CLOSE) or self._deadline.passed:
+            if high - low < math.log(CLOSE):
+                break
+            if self._deadline.passed:
+                self._cut = True
                 break
             middle = (low + high) / 2
             if self._reaches(math.exp(middle), keep, home):
@@ -286,6 +292,8 @@ class _Calibration:
             "This holds for these attacks, this model and these records; another attacker may do",
             "better. Measure again when any of them changes.",
         ]
+        if self._cut:
+            comments += ["The time was up before the search was through: a weaker one may do."]
         if not promised:
             comments.insert(2, "No formal guarantee.")
         return policy_toml(policy, comments)

@@ -81,7 +81,7 @@ def _telling(result: Result) -> list[Row]:
     both = [row for row in shown if row.policy.finding or row.alone.finding]
     worth = {id(row): row.raw.finding.main.gain for row in shown if row.raw.finding}
     chosen = [max(group, key=lambda row: worth[id(row)]) for group in (shown, both) if group]
-    return chosen[:1] if chosen[:1] == chosen[1:] else chosen
+    return chosen[:1] if chosen and chosen[0] is chosen[-1] else chosen
 
 
 def _other(row: Row) -> tuple[Side, str]:

@@ -28,6 +28,7 @@ PATIENT = 1200.0  # seconds from which servers are tried that train their trap
 DOOR = 1.0  # seconds that a guard takes to look at a global model it has not seen
 PLANNED = 0.55  # share of the time that is planned for; the rest is for the curves, and in reserve
 FIRST = 2  # conditions that every plan begins with, however short the time
+STEP = 32  # records in a step of training, about; an attacker goes through all steps each time
 LONE = 0.5  # of an attack's time, where one record is behind an update
 
 
@@ -48,7 +49,9 @@ class Item:
     @property
     def seconds(self) -> float:
         """About how long it takes."""
-        each = ATTACKS[self.attack].seconds * (LONE if self.setting.records == 1 else 1.0)
+        steps = self.setting.epochs * self.setting.records / STEP
+        share = LONE if self.setting.records == 1 else max(1.0, steps)
+        each = ATTACKS[self.attack].seconds * share
         return VIEWS * self.updates * (each + 0.05) + DOOR
 
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 CURVES_FIRST = 3  # conditions that come before the curves
 CURVES_SHARE = 0.5  # of the time left when their turn comes
-SPARE = 1.5  # times its estimate must be left for an item beyond the plan
+SPARE = 3.0  # times its estimate must be left for an item beyond the plan
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,7 +86,7 @@ def assurance(result: Result) -> str | None:
     """How large a gain the figures leave open, for each attack where it was measured best."""
     best: dict[str, Tally] = {}
     for row in result.rows:
-        if row.policy.finding is not None:
+        if row.policy.finding is not None and not row.policy.finding.cut:
             tally = row.policy.finding.main
             known = best.get(row.item.attack)
             if known is None or len(tally.values) > len(known.values):

@@ -111,10 +111,18 @@ class JointSearch:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What the attacker has of one half beforehand; it searches the other half alone."""
+    """What the attacker has beforehand.
+
+    Attributes:
+        pictures: the truth of this half; the other half is searched alone.
+        rows: likewise.
+        start: pictures that the search starts from, such as class means of public ones; random
+            ones where left out.
+    """
 
     pictures: Tensor | None = None
     rows: Tensor | None = None
+    start: Tensor | None = None
 
 
 NOTHING = Known()
@@ -138,11 +146,13 @@ def recover(  # noqa: PLR0913, PLR0917 - each is one thing that the attacker has
         side: of a picture.
         search: settings.
         generator: of the random start; the only randomness.
-        known: halves that are given.
+        known: halves that are given, and where to start.
     """
     count = len(training.labels)
     pictures = torch.rand((count, 1, side, side), generator=generator)
     latents = table.start((count,), generator)
+    if known.start is not None:
+        pictures = known.start
     if known.pictures is not None:
         pictures = known.pictures
     for stage in (*(softened(training, hardness) for hardness in search.hardness), training):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -64,7 +65,14 @@ def test_every_form_gives_the_same_records_and_keeps_three_tenths_back(given) ->
         ({"train": (ROWS, LABELS), "kind": "sound"}, "kind must be one of"),
         ({"train": (ROWS, LABELS), "kind": "image"}, "takes inputs of 4 axes"),
         ({"train": (ROWS, LABELS), "Mrs Smith": 1}, "1 of its keys"),
-        ({"train": (ROWS, LABELS), "rate": "fast"}, "rate must be a number"),
+        ({"train": (ROWS, LABELS), "rate": "fast"}, "rate must be a finite number"),
+        ({"train": (ROWS, LABELS), "rate": math.nan}, "rate must be a finite number"),
+        ({"train": (ROWS, LABELS), "batch": math.nan}, "batch must be a whole number"),
+        ({"train": (ROWS, LABELS), "categorical": "Smith"}, "from 0 to 4"),
+        ({"train": (ROWS, LABELS), "categorical": [5]}, "from 0 to 4"),
+        ({"train": (ROWS, LABELS), "loss": "mean"}, "loss must be a function"),
+        ({"train": (ROWS, LABELS), "public": (ROWS[:, :2], LABELS)}, "shape and type"),
+        ({"train": (ROWS, LABELS), "held_out": (ROWS, LABELS.float())}, "shape and type"),
         ({"train": (ROWS, LABELS), "rate": 0.0}, "above 0"),
     ],
 )
@@ -98,11 +106,13 @@ def test_code_in_the_folder_of_the_command_is_found(tmp_path, monkeypatch) -> No
     assert found.train.inputs.shape == (140, 5)
 
 
-def test_the_text_of_a_foreign_error_is_not_repeated(tmp_path, monkeypatch) -> None:
-    (tmp_path / "failing_site_code.py").write_text("def net(): raise ValueError('Mrs Smith')\n")
+@pytest.mark.parametrize("error", ["ValueError", "SystemExit"])
+def test_the_text_of_a_foreign_error_is_not_repeated(tmp_path, monkeypatch, error) -> None:
+    name = f"failing_site_code_{error.lower()}"
+    (tmp_path / f"{name}.py").write_text(f"def net(): raise {error}('Mrs Smith')\n")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(MisuseError, match="ValueError") as refused:
-        load_subject("failing_site_code:net", "a:b", torch.Generator())
+    with pytest.raises(MisuseError, match=error) as refused:
+        load_subject(f"{name}:net", "a:b", torch.Generator())
     assert "Smith" not in str(refused.value)
 
 

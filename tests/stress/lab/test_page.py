@@ -12,15 +12,16 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from sentinel.stress.lab.finding import Exhibit
+from sentinel.stress.lab.attacks.membership import OTHERS
+from sentinel.stress.lab.finding import Exhibit, Finding, Tally
 from sentinel.stress.lab.knobs import Knob, Turned
 from sentinel.stress.lab.page import page
 from sentinel.stress.lab.record import record
 from sentinel.stress.lab.redact import BLOCKS, error_map, error_words
-from sentinel.stress.lab.result import Curves, Point, Result
+from sentinel.stress.lab.result import Curves, Point, Result, Side
 from sentinel.stress.lab.runner import Options, run_lab
 from sentinel.stress.lab.utility import Utility
-from sentinel.stress.lab.words import verdict
+from sentinel.stress.lab.words import assurance, sentences, verdict
 
 VOID = {"meta", "img"}
 
@@ -164,6 +165,51 @@ def test_no_verdict_says_safe(rows, pictures) -> None:
         html = page([result], "here", redacted=True)
         assert not re.search(r"\bsafe\b|\bsecure\b", html)
         assert verdict(result)
+
+
+def test_each_figure_of_what_was_let_out_has_its_interval(rows) -> None:
+    html = page([rows], "here", redacted=True)
+    found = rows.rows[0].policy.finding.main
+    gain = found.interval(rows.confidence)
+    assert f"from {max(-1.0, gain.low):.2f} to {min(1.0, gain.high):.2f}" in html
+    assert f"rows {max(0.0, min(1.0, best(rows).interval(rows.confidence).high)):.2f}" in html
+
+
+def test_an_attack_that_was_cut_short_says_nothing_of_how_little_it_could_get(rows) -> None:
+    """It is weak for want of time, so that its small gain is no assurance."""
+    cut = [
+        replace(row, policy=replace(row.policy, finding=replace(row.policy.finding, cut=True)))
+        for row in rows.rows
+        if row.policy.finding
+    ]
+    assert assurance(rows) is not None
+    assert assurance(replace(rows, rows=tuple(cut))) is None
+
+
+def best(result: Result) -> Tally:
+    """The rows attack where it was measured on most records."""
+    found = [row.policy.finding.main for row in result.rows if row.policy.finding]
+    return max(found, key=lambda tally: len(tally.values))
+
+
+def test_members_stand_beside_others_and_not_beside_nothing(rows) -> None:
+    """Half of each is chance, so that .67 and .33 are not "where knowing nothing gives .33"."""
+    tally = Tally("members called members", (1.0, 0.0), (0.0, 0.0), beside=OTHERS)
+    row = replace(rows.rows[0], raw=Side(Finding((tally,)), released=1))
+    said = " ".join(sentences(replace(rows, rows=(row,))))
+    assert (
+        "members called members: 0.50 on average over 2 records; others called members: 0.00"
+        in said
+    )
+
+
+def test_the_strongest_read_out_is_shown_even_where_nothing_of_it_left(rows) -> None:
+    first, second = rows.rows
+    kept = replace(first, policy=Side(kept={"too-few-patients": 1}), alone=Side())
+    html = page([replace(rows, rows=(kept, second))], "here", redacted=True)
+    shown = html.split("Before and after")[1].split("Every figure")[0]
+    assert first.item.setting.words in shown
+    assert second.item.setting.words in shown
 
 
 def test_a_partial_result_is_called_partial(rows) -> None:

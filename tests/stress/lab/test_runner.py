@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from pathlib import Path
@@ -12,10 +13,11 @@ import torch
 from sentinel.errors import MisuseError
 from sentinel.policy.store import parse_policy
 from sentinel.stress.lab.attacks import ATTACKS
-from sentinel.stress.lab.plan import make_plan
-from sentinel.stress.lab.result import NO_TIME
+from sentinel.stress.lab.plan import Item, make_plan
+from sentinel.stress.lab.result import BEYOND, DIVERGED, NO_TIME
 from sentinel.stress.lab.runner import Options, run_lab
 from sentinel.stress.lab.setting import HONEST, Setting
+from sentinel.stress.lab.words import verdict
 
 FEW = """
 schema = 1
@@ -55,12 +57,46 @@ def test_the_time_is_kept_and_everything_planned_is_done_or_listed(table, plain)
     assert time.monotonic() - begun < 12.0  # an update that has begun is finished
     assert result.partial
     plan = make_plan(table, plain(), (), 2.0, torch.Generator())
-    late = [one for one in result.skipped if one.why == NO_TIME]
+    late = [one for one in result.skipped if one.why in {NO_TIME, BEYOND}]
     assert any(late)
     said = {row.item for row in result.rows}
     unsaid = [item for item in plan.items if item not in said]
     assert {f"{item.attack}: {item.setting.words}" for item in unsaid} <= {one.what for one in late}
     assert {one.what for one in plan.skipped} <= {one.what for one in result.skipped}
+
+
+def test_the_plan_holds_what_fits_and_a_test_that_does_it_is_not_partial(table, plain) -> None:
+    """The more minutes, the more is planned; what is beyond them is not late."""
+    short, long = (make_plan(table, plain(), (), at, torch.Generator()) for at in (20.0, 600.0))
+    assert 0 < short.core < len(short.items)
+    assert long.core > short.core
+    assert sum(item.seconds for item in short.items[: short.core]) <= 20.0
+    result = run_lab(table, plain(), Options(("rows",), seconds=8.0, curves=False))
+    assert not result.partial
+    assert NO_TIME not in {one.why for one in result.skipped}
+
+
+def test_several_local_epochs_are_planned_with_the_time_of_all_their_steps() -> None:
+    one, many = (Item(Setting(records=n, epochs=e), "pictures", 1) for n, e in ((32, 0), (128, 2)))
+    assert many.seconds > 6 * one.seconds
+
+
+def test_training_that_diverges_is_told_and_is_no_error_of_an_attack(
+    table, plain, monkeypatch, stop_after
+) -> None:
+    monkeypatch.setattr("sentinel.stress.lab.runner.norm_of", lambda _: math.nan)
+    result = run_lab(table, plain(), ROWS, stop_after(2))
+    assert result.rows == ()
+    assert DIVERGED in {one.why for one in result.skipped}
+
+
+def test_only_small_updates_tried_is_not_called_a_policy_that_lets_nothing_out(
+    table, stop_after
+) -> None:
+    result = run_lab(table, parse_policy(FEW.encode(), "few.toml"), ROWS, stop_after(1))
+    assert not result.withheld_entirely
+    assert result.inconclusive
+    assert "Nothing can be said" in verdict(result)
 
 
 def test_the_sites_own_state_is_never_opened_and_the_scratch_folder_goes(

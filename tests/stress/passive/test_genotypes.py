@@ -94,9 +94,9 @@ def test_synthetic_people_are_in_hardy_weinberg_equilibrium_with_linkage() -> No
 
 def test_the_read_out_calls_most_genotypes_of_eight_people() -> None:
     found = _Round(8, 0).read_out(_Round(8, 0).raw) + _Round(8, 1).read_out(_Round(8, 1).raw)
-    assert found.calls.share >= 0.9
+    assert found.calls.share >= 0.85
     assert found.gain > 0.25
-    assert found.people.hits >= 10
+    assert found.people.share >= 0.5
     assert found.calls.share > found.others.share + 0.2
 
 

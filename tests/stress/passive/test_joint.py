@@ -55,7 +55,7 @@ class _Round:
         shown = torch.randperm(len(PICTURES.hospital.labels), generator=self.draw)[:patients]
         self.pair = Pair(PICTURES.hospital.images[shown], COHORT.rows[order[:patients]])
         labels = PICTURES.hospital.labels[shown]
-        self.table = Table.learnt(COHORT.rows[order[100:]])
+        self.table = Table.learnt(COHORT.rows[order[100:200]])
         self.others = COHORT.rows[order[200:]]
         net = TwoBranches(COHORT.rows.shape[1])
         initialise(net, self.draw)
@@ -96,14 +96,15 @@ def test_the_packed_net_answers_as_the_net_of_two_inputs() -> None:
 
 @pytest.mark.slow
 def test_a_raw_gradient_gives_picture_and_row_away_together() -> None:
-    rounds = [_Round(1, seed) for seed in (0, 1)]
+    """The rows of three patients, and of two a picture nearer than the mean of its class."""
+    rounds = [_Round(1, seed) for seed in (0, 1, 2)]
     search = JointSearch(iterations=300, hardness=())
     found = [one.attacked(Seen(one.raw), search) for one in rounds]
     means = [float(ssim(one.mean, one.pair.pictures).mean()) for one in rounds]
-    rows = found[0][1] + found[1][1]
+    rows = found[0][1] + found[1][1] + found[2][1]
     assert rows.accuracy >= 0.9
     assert rows.accuracy > rows.accuracy_by_marginals + 0.3
-    assert max(alike for alike, _ in found) > max(means)
+    assert sum(alike > mean for (alike, _), mean in zip(found, means, strict=True)) >= 2
 
 
 @pytest.mark.slow
@@ -128,14 +129,15 @@ def test_a_half_that_is_known_stays_as_it_is() -> None:
 
 
 def test_the_shipped_policy_leaves_neither_picture_nor_row(tmp_path: Path) -> None:
+    """Searched in small steps from the public mean of each class, which no noise takes away."""
     one = _Round(32, 5)
     guard = Guard("chest-xray", tmp_path, unsafe_skip_inspection=True, alerts=io.StringIO())
     seen = let_out(guard, 1, one.training, one.pair.packed(), patients=32)
     assert seen.noise_std > 0.0
-    search = JointSearch(iterations=40, total_variation=3.0, smoothing=1.5, hardness=())
-    alike, rows = one.attacked(seen, search)
+    search = JointSearch(40, pixel_step=0.005, total_variation=0.3, smoothing=1.0, hardness=())
+    alike, rows = one.attacked(seen, search, Known(start=one.mean))
     mean = float(ssim(one.mean, one.pair.pictures).mean())
-    assert alike <= mean + 0.02
+    assert mean - 0.15 <= alike <= mean + 0.02
     assert rows.rows.hits == 0
     assert rows.over_others.high <= 0.12  # 32 rows can say no more
     assert rows.accuracy <= rows.accuracy_of_others + 0.05

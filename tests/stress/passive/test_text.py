@@ -73,7 +73,7 @@ class _Round:
         self.draw = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(TOKENS), generator=self.draw)
         self.notes, self.others = TOKENS[order[:batch]], TOKENS[order[200:]]
-        self.likely = frequencies(TOKENS[order[50:]], WORDS)
+        self.likely = frequencies(TOKENS[order[50:200]], WORDS)
         net = NoteBag(WORDS, 64) if bag else NoteTransformer(WORDS, LENGTH, 64)
         initialise(net, self.draw)
         start = {name: value.clone() for name, value in net.state_dict().items()}
@@ -172,7 +172,10 @@ def test_the_span_sets_the_words_of_two_notes_in_place() -> None:
     assert difference(Count(right, 2 * trials), Count(frequent, 2 * trials)).low > 0.0
 
 
-def test_the_shipped_policy_leaves_no_more_words_than_the_frequencies(tmp_path: Path) -> None:
+def test_the_shipped_policy_leaves_no_more_words_than_other_patients_notes_give(
+    tmp_path: Path,
+) -> None:
+    """Others are matched with the same guesses: the matching alone lifts what frequencies give."""
     one = _Round(16, 3)
     guard = Guard("tabular-ehr", tmp_path, unsafe_skip_inspection=True, alerts=io.StringIO())
     seen = let_out(guard, 1, one.training, one.notes, patients=16)
@@ -185,7 +188,7 @@ def test_the_shipped_policy_leaves_no_more_words_than_the_frequencies(tmp_path: 
     guesses = quick.read(one.training, seen, one.likely, one.draw)
     found = reading(guesses, one.notes, one.others, one.likely)
     assert found.notes.hits == 0
-    assert difference(found.tokens, found.by_frequency).low <= 0.0
+    assert difference(found.tokens, found.others).low <= 0.0
     assert difference(found.tokens, found.others).high <= 0.15
     assert abs(found.tokens.share - found.others.share) < 0.1
 
