@@ -48,12 +48,12 @@ class SentinelGroup(TyperGroup):
 
 def say_error(sentence: str) -> None:
     """Print a sentence to standard error, as it is."""
-    Console(stderr=True).print(sentence, markup=False, highlight=False, soft_wrap=True)
+    Console(stderr=True, emoji=False).print(sentence, markup=False, highlight=False, soft_wrap=True)
 
 
 def console() -> Console:
     """Where people read."""
-    return Console(highlight=False)
+    return Console(highlight=False, emoji=False)
 
 
 def print_json(value: object) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from sentinel.cli.console import say_error
 from sentinel.cli.main import app
 from sentinel.stress.lab.attacks.rows import Rows
 
@@ -268,3 +269,10 @@ def test_the_demo_does_what_it_planned_within_five_minutes(tmp_path: Path) -> No
     assert exit_code == 0
     assert not found["partial"]
     assert sum(subject["seconds"] for subject in found["subjects"]) < 290
+
+
+def test_a_name_between_colons_is_printed_as_it_was_typed(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    say_error("my_site:boom: is no factory")
+    assert capfd.readouterr().err == "my_site:boom: is no factory\n"
