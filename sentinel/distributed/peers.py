@@ -241,8 +241,7 @@ class Peers:
 def _end(line: dist.ProcessGroup) -> None:
     with suppress(RuntimeError, ValueError):  # the group may be gone already
         dist.destroy_process_group(line)
-    del line
-    gc.collect()  # the sockets close with the last reference
+    gc.collect()  # the sockets close with the last reference: the finalizer's own
 
 
 def _lost() -> Withheld:

@@ -36,7 +36,7 @@ from sentinel.demo.hearts import auc, network
 from sentinel.demo.xray_hospital import initialise, xray_net
 from sentinel.stress.inference import property as group_property
 from sentinel.stress.inference.federation import Doors, Site, Watched, federate
-from sentinel.stress.inference.loop import Loop, Records
+from sentinel.stress.inference.loop import Loop
 from sentinel.stress.inference.membership import (
     ATTACKS,
     Attacker,
@@ -48,6 +48,7 @@ from sentinel.stress.inference.membership import (
 from sentinel.stress.inference.null import Pool, measure, over_splits
 from sentinel.stress.inference.planted import mislabelled, outlying
 from sentinel.stress.layers import State, copied
+from sentinel.stress.records import Records
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

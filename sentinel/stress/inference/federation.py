@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sentinel.policy import LoadedPolicy
-    from sentinel.stress.inference.loop import Loop, Records
+    from sentinel.stress.inference.loop import Loop
     from sentinel.stress.layers import State
+    from sentinel.stress.records import Records
 
 _FEDERATION = "inference"
 

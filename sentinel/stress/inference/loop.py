@@ -20,34 +20,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from sentinel.stress.layers import State
+    from sentinel.stress.records import Records
 
 _MOST_VALUES = 1 << 22  # of per-record gradients made at once: what stays in the cache is faster
-
-
-@dataclass(frozen=True, slots=True)
-class Records:
-    """Records and their labels.
-
-    Attributes:
-        inputs: [n, ...] as the model takes them.
-        labels: [n], as the loss takes them.
-    """
-
-    inputs: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        """How many."""
-        return len(self.labels)
-
-    def take(self, chosen: Tensor) -> Records:
-        """Those of a mask, [n] bool, or of indices."""
-        return Records(self.inputs[chosen], self.labels[chosen])
-
-    def plus(self, other: Records) -> Records:
-        """These, then the others."""
-        inputs = torch.cat([self.inputs, other.inputs])
-        return Records(inputs, torch.cat([self.labels, other.labels]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,9 +35,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from sentinel.stress.inference.loop import Loop, Records
+    from sentinel.stress.inference.loop import Loop
     from sentinel.stress.inference.observed import Observed
     from sentinel.stress.layers import State
+    from sentinel.stress.records import Records
 
 ATTACKS = ("loss", "drop", "cosine", "filter", "joint", "shadow")
 _TINY = 1e-12

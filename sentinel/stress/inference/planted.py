@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sentinel.stress.inference.loop import Records
+from sentinel.stress.records import Records
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -29,9 +29,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sentinel.interval import Interval
-    from sentinel.stress.inference.loop import Loop, Records
+    from sentinel.stress.inference.loop import Loop
     from sentinel.stress.inference.observed import Observed
     from sentinel.stress.layers import State
+    from sentinel.stress.records import Records
 
 _RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # of the mean variance; one is chosen by leaving one out
 _FLAGS = 2

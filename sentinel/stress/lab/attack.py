@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from sentinel.stress.lab.exchange import Case
     from sentinel.stress.lab.finding import Finding
     from sentinel.stress.lab.setting import Setting
-    from sentinel.stress.lab.subject import Records, Subject
+    from sentinel.stress.lab.subject import Subject
+    from sentinel.stress.records import Records
 
 
 class Attack(Protocol):

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from sentinel.policy.schema import Privacy
     from sentinel.release import Decided
     from sentinel.stress.lab.servers import Server
-    from sentinel.stress.lab.subject import Records, Subject
+    from sentinel.stress.lab.subject import Subject
+    from sentinel.stress.records import Records
 
 LATER_EPOCHS = 5  # of plain training before the stage "later"
 FEDERATION = "stress"

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from sentinel.errors import MisuseError
-from sentinel.stress.lab.subject import FEWEST, Kind, Records, Subject, default_loss, kind_of
+from sentinel.stress.lab.subject import FEWEST, Kind, Subject, default_loss, kind_of
+from sentinel.stress.records import Records
 
 if TYPE_CHECKING:
     from collections.abc import Callable

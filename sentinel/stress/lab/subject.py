@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from sentinel.stress.layers import State
+    from sentinel.stress.records import Records
 
 FEWEST = 32  # records of which a test says anything
 _AXES = {"table": 2, "image": 4, "text": 2}
@@ -29,27 +30,6 @@ class Kind(enum.StrEnum):
     TABLE = "table"  # inputs [N, features], floating
     IMAGE = "image"  # inputs [N, channels, height, width], floating
     TEXT = "text"  # inputs [N, length], whole numbers: tokens
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Records:
-    """Records and their labels.
-
-    Attributes:
-        inputs: [N, ...] as the model takes them.
-        labels: [N]; whole numbers are classes, decimal ones 0 or 1 for a single output.
-    """
-
-    inputs: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        """How many records."""
-        return len(self.labels)
-
-    def take(self, chosen: Tensor) -> Records:
-        """The records with these indices."""
-        return Records(self.inputs[chosen], self.labels[chosen])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

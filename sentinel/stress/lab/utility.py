@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
     from sentinel.policy import LoadedPolicy
     from sentinel.stress.lab.deadline import Deadline
-    from sentinel.stress.lab.subject import Records, Subject
+    from sentinel.stress.lab.subject import Subject
     from sentinel.stress.layers import State
+    from sentinel.stress.records import Records
 
 SITES = 4  # equal parts of the site's records, each playing a hospital
 ROUNDS = 6

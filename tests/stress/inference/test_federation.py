@@ -12,8 +12,9 @@ from torch.nn import functional as F  # noqa: N812 - the name that PyTorch's use
 from sentinel.demo import cohorts
 from sentinel.demo.hearts import network
 from sentinel.stress.inference.federation import Doors, Site, Watched, federate
-from sentinel.stress.inference.loop import Loop, Records
+from sentinel.stress.inference.loop import Loop
 from sentinel.stress.layers import copied
+from sentinel.stress.records import Records
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,8 +11,9 @@ from sentinel.demo import cohorts
 from sentinel.demo.hearts import network
 from sentinel.demo.xray_hospital import initialise, xray_net
 from sentinel.errors import MisuseError
-from sentinel.stress.inference.loop import Loop, Records, midway
+from sentinel.stress.inference.loop import Loop, midway
 from sentinel.stress.layers import State, copied
+from sentinel.stress.records import Records
 
 
 def seeded(seed: int = 0) -> torch.Generator:

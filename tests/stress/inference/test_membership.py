@@ -14,7 +14,7 @@ from sentinel.demo import cohorts
 from sentinel.demo.hearts import network
 from sentinel.errors import MisuseError
 from sentinel.stress.inference.federation import Doors, Site, federate
-from sentinel.stress.inference.loop import Loop, Records
+from sentinel.stress.inference.loop import Loop
 from sentinel.stress.inference.membership import (
     ATTACKS,
     Attacker,
@@ -31,6 +31,7 @@ from sentinel.stress.inference.null import Advantage, Pool, measure
 from sentinel.stress.inference.observed import Observed, raw
 from sentinel.stress.inference.planted import mislabelled, outlying
 from sentinel.stress.layers import State, copied
+from sentinel.stress.records import Records
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,9 +14,10 @@ from sentinel import Guard
 from sentinel.demo import cohorts
 from sentinel.demo.hearts import network
 from sentinel.errors import MisuseError
-from sentinel.stress.inference.loop import Loop, Records
+from sentinel.stress.inference.loop import Loop
 from sentinel.stress.inference.observed import Observed, raw, sanitized
 from sentinel.stress.layers import State, copied
+from sentinel.stress.records import Records
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from sentinel.demo import cohorts
-from sentinel.stress.inference.loop import Records
 from sentinel.stress.inference.planted import mislabelled, outlying
+from sentinel.stress.records import Records
 
 
 def seeded() -> torch.Generator:

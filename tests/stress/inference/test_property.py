@@ -13,7 +13,7 @@ from sentinel.demo import cohorts
 from sentinel.demo.hearts import network
 from sentinel.errors import MisuseError
 from sentinel.stress.inference.federation import Doors, Site, federate
-from sentinel.stress.inference.loop import Loop, Records
+from sentinel.stress.inference.loop import Loop
 from sentinel.stress.inference.property import (
     Cohorts,
     _Fit,
@@ -25,6 +25,7 @@ from sentinel.stress.inference.property import (
     told,
 )
 from sentinel.stress.layers import State, copied
+from sentinel.stress.records import Records
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,7 +11,7 @@ import torch
 from sentinel.errors import MisuseError
 from sentinel.policy.store import parse_policy
 from sentinel.stress.lab.calibration import HIGHEST, LOWEST, _allowed, calibrate
-from sentinel.stress.lab.subject import Records
+from sentinel.stress.records import Records
 
 if TYPE_CHECKING:
     from sentinel.policy import LoadedPolicy

@@ -22,21 +22,11 @@ from sentinel.stress.passive.relaxation import Relaxation, relax
 from sentinel.stress.passive.released import let_out
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
-pytestmark = pytest.mark.usefixtures("known_noise")
+pytestmark = pytest.mark.usefixtures("known_noise", "one_thread")
 VARIANTS = 40
 QUICK = Relaxation(restarts=2, iterations=120, hardness=(10.0,))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices this small lose time to a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def loss(answers: Tensor, labels: Tensor) -> Tensor:

@@ -26,24 +26,14 @@ from sentinel.stress.passive.released import let_out
 from sentinel.stress.ssim import ssim
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from torch import Tensor
 
-pytestmark = pytest.mark.usefixtures("known_noise")
+pytestmark = pytest.mark.usefixtures("known_noise", "one_thread")
 COHORT = cohorts.load("cleveland")
 PICTURES = xray_data.load()
 QUICK = JointSearch(iterations=150, total_variation=5e-3, hardness=())
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices this small lose time to a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class _Round:

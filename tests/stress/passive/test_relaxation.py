@@ -22,22 +22,12 @@ from sentinel.stress.passive.released import let_out
 from sentinel.stress.passive.tabular import measure_reads
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
-pytestmark = pytest.mark.usefixtures("known_noise")
+pytestmark = pytest.mark.usefixtures("known_noise", "one_thread")
 QUICK = Relaxation(restarts=4, iterations=150, step=0.15, hardness=(5.0, 20.0))
 COHORT = cohorts.load("cleveland")
 HIDDEN = 64
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices this small lose time to a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def loss(answers: Tensor, labels: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from sentinel.stress.lab.deadline import Deadline
     from sentinel.stress.lab.exchange import Case
     from sentinel.stress.lab.setting import Setting
-    from sentinel.stress.lab.subject import Records, Subject
+    from sentinel.stress.lab.subject import Subject
+    from sentinel.stress.records import Records
 
 MARGIN = 0.05  # share of the labels that counts as nothing: proportions are hardly a secret
 _PROBES = 128  # public records that show the attacker usual embeddings

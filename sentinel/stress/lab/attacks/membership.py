@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from sentinel.stress.inference.loop import Loop
-from sentinel.stress.inference.loop import Records as Candidates
 from sentinel.stress.inference.membership import Attacker, Suspects, membership
 from sentinel.stress.inference.observed import raw, sanitized
 from sentinel.stress.lab.finding import Finding, Tally
@@ -20,7 +19,8 @@ if TYPE_CHECKING:
     from sentinel.stress.lab.deadline import Deadline
     from sentinel.stress.lab.exchange import Case
     from sentinel.stress.lab.setting import Setting
-    from sentinel.stress.lab.subject import Records, Subject
+    from sentinel.stress.lab.subject import Subject
+    from sentinel.stress.records import Records
 
 FEWEST = 8  # members under which a share says nothing
 MARGIN = 0.05  # difference of the shares that counts as nothing
@@ -67,7 +67,7 @@ class Membership:
         del deadline  # one update takes about a second
         members = len(behind)
         others, own = _others(case.subject, members, generator)
-        data = Candidates(behind.inputs, behind.labels).plus(others)
+        data = behind.plus(others)
         epochs = case.setting.epochs
         loop = Loop(
             case.model,
@@ -87,15 +87,13 @@ class Membership:
         return Finding(tuple(_told(words, scores[name], members) for name, words in _WORDS.items()))
 
 
-def _others(
-    subject: Subject, count: int, generator: torch.Generator
-) -> tuple[Candidates, Candidates]:
+def _others(subject: Subject, count: int, generator: torch.Generator) -> tuple[Records, Records]:
     """Held-out records to stand beside the members, and records of the server's own."""
     held_out = subject.held_out
     order = torch.randperm(len(held_out), generator=generator)
     own = subject.public or held_out.take(order[count:])
     chosen = held_out.take(order[:count])
-    return Candidates(chosen.inputs, chosen.labels), Candidates(own.inputs, own.labels)
+    return chosen, own
 
 
 def _observed(case: Case, loop: Loop) -> Observed:

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from sentinel.stress.lab.deadline import Deadline
     from sentinel.stress.lab.exchange import Case
     from sentinel.stress.lab.setting import Setting
-    from sentinel.stress.lab.subject import Records, Subject
+    from sentinel.stress.lab.subject import Subject
+    from sentinel.stress.records import Records
 
 COMPONENTS = 60  # directions per class of the prior, where there are enough public pictures
 DECOYS = 99  # a picture is to be found among so many others of its class

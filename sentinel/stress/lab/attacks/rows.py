@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from sentinel.stress.lab.deadline import Deadline
     from sentinel.stress.lab.exchange import Case
     from sentinel.stress.lab.setting import Setting
-    from sentinel.stress.lab.subject import Records, Subject
+    from sentinel.stress.lab.subject import Subject
+    from sentinel.stress.records import Records
 
 _YARDSTICK = 256  # held-out records that the guesses are measured against
 
