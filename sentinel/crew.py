@@ -6,7 +6,6 @@ import contextlib
 import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -17,44 +16,9 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
 SMALL = 1 << 20  # values of a model for which a second thread only gets in the way
-BLOCK = 1 << 20  # values that one thread takes at a time: some milliseconds of work
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Values `start` up to `stop` of the tensor `name`, flattened."""
-
-    name: str
-    start: int
-    stop: int
-
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """These values of a contiguous tensor, as a view (values,)."""
-        return tensor.view(-1)[self.start : self.stop]
-
-
-def blocks(sizes: Mapping[str, int]) -> list[list[Span]]:
-    """Cut tensors of so many values into blocks of `BLOCK` (the last one may hold fewer), in order.
-
-    A large tensor is spread over several blocks; a block may hold many small ones. The cut depends
-    on names and sizes alone, so that what is drawn for a block is the same on any machine.
-    """
-    cut: list[list[Span]] = []
-    room = 0
-    for name, size in sizes.items():
-        start = 0
-        while start < size:
-            if not room:
-                cut.append([])
-                room = BLOCK
-            stop = min(size, start + room)
-            cut[-1].append(Span(name, start, stop))
-            room -= stop - start
-            start = stop
-    return cut
 
 
 def share_out(tasks: Sequence[Task], start: Callable[[], Callable[[Task], Result]]) -> list[Result]:

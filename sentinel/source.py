@@ -8,6 +8,7 @@ than the memory.
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -15,13 +16,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sentinel.chunks import CHUNK, chunks
-from sentinel.crew import Span, blocks, share_out
+from sentinel.chunks import CHUNK
+from sentinel.crew import share_out
 from sentinel.errors import Withheld
+from sentinel.spans import Span, blocks, joined, parted, runs
 from sentinel.terms import Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterable, Iterator
+    from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+
+Kind = tuple[torch.dtype, torch.device, torch.device]  # of a difference, and both its devices
 
 _SAME = 2.0**-40  # two sums of the same squares, in whatever order; the clip leaves more room
 
@@ -62,10 +66,14 @@ class Source(Mapping[str, torch.Tensor], ABC):
         """The dtype of a tensor that is read: float32 or float64 for differences."""
 
     @abstractmethod
-    def pieces(self, span: Span) -> Iterator[torch.Tensor]:
-        """The values of a span, in order: (values,), up to `CHUNK` each; read only.
+    def runs(
+        self, spans: Iterable[Span], alike: Callable[[str], object]
+    ) -> Iterator[tuple[list[Span], torch.Tensor]]:
+        """The values of spans, in order: the spans of a run, and its values (values,); read only.
 
-        Each is valid until the next is asked for. Threads may read different spans at once.
+        A run has up to `CHUNK` values, of one dtype and device, and of tensors for which `alike`
+        gives the same. It is valid until the next is asked for. Threads may read different spans
+        at once.
         """
 
 
@@ -73,13 +81,14 @@ class Held(Source):
     """Tensors in memory: contiguous, any floating dtype.
 
     Guarantees:
-        What is read is the tensors themselves, not a copy; nothing is written to them.
+        What is read are the values of the tensors as they are; nothing is written to them.
 
     Edges:
-        `pieces` of a 0-d tensor:                 one value
-        `pieces` of a tensor without a flat view: RuntimeError
-        `device` or `dtype`:                      the tensor's own
-        an empty tensor:                          in no block of work
+        `runs` of one tensor alone:             a view of its values
+        `runs` of a 0-d tensor:                 one value
+        `runs` of a tensor without a flat view: RuntimeError
+        `device` or `dtype`:                    the tensor's own
+        an empty tensor:                        in no block of work
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -99,9 +108,12 @@ class Held(Source):
         """The dtype of a tensor."""
         return self.tensors[name].dtype
 
-    def pieces(self, span: Span) -> Iterator[torch.Tensor]:
-        """Views of the values of a span."""
-        return chunks(span.of(self.tensors[span.name]))
+    def runs(
+        self, spans: Iterable[Span], alike: Callable[[str], object]
+    ) -> Iterator[tuple[list[Span], torch.Tensor]]:
+        """The values of spans: views, or small ones copied side by side."""
+        for run in runs(spans, lambda name: (self.dtype(name), self.device(name), alike(name))):
+            yield run, joined(self.tensors, run)
 
 
 class Differences(Source):
@@ -111,18 +123,18 @@ class Differences(Source):
         squares: sum of squares of each, accumulated in float64.
 
     Guarantees:
-        A span that is read by `pieces` is the one that was measured: where its sum of squares is
+        A span that is read by `runs` is the one that was measured: where its sum of squares is
         another (by more than 2^-40 of itself), the states were changed since, and the reading ends
         in `Withheld`. So nothing can grow between the norm and what is scaled by it.
 
     Edges:
         NaN, Inf, or squares beyond float64:     NOT_FINITE, naming the entry
-        `pieces` of a state that was changed:    Withheld (LOCAL_MODEL_CHANGED) after the last one
-        `pieces` of a 0-d tensor:                one value
-        `pieces` of an empty tensor:             none; its sum is 0
+        `runs` of a state that was changed:      Withheld (LOCAL_MODEL_CHANGED) after the last one
+        `runs` of a 0-d tensor:                  one value
+        `runs` of an empty tensor:               none; its sum is 0
         `dtype` of float16 or bfloat16:          float32
         `dtype` where one of the two is float64: float64
-        `put` into what was used before:         every value is written anew
+        `write` into what was used before:       every value is written anew
         layouts other than row by row:           that tensor is copied once, and read row by row
         `device` where the two differ:           the local one's; the global values are moved to it,
                                                  piece by piece
@@ -141,70 +153,114 @@ class Differences(Source):
         """
         self._local = {name: local_state[name].detach().contiguous() for name in names}
         self._base = {name: global_state[name].detach().contiguous() for name in self._local}
+        self._kinds = {name: _kind(new, self._base[name]) for name, new in self._local.items()}
         self.shapes = {name: tensor.shape for name, tensor in self._local.items()}
         self._known: dict[Span, float] = {}
         self.squares = self._measured()
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """Compute one difference: contiguous, in memory of its own."""
-        local = self._local[name]
-        return self.put(name, torch.empty(local.shape, dtype=self.dtype(name), device=local.device))
-
-    def put(self, name: str, whole: torch.Tensor) -> torch.Tensor:
-        """Write one difference into `whole`: contiguous, of its shape, dtype and device."""
-        pairs = zip(chunks(self._local[name]), chunks(self._base[name]), strict=True)
-        for out, (new, old) in zip(chunks(whole), pairs, strict=True):
-            _subtract(new, old, out)
+        dtype, device, _ = self._kinds[name]
+        whole = torch.empty(self.shapes[name], dtype=dtype, device=device)
+        self.write([name], whole.view(-1))
         return whole
+
+    def write(self, names: Iterable[str], out: torch.Tensor) -> None:
+        """Write differences one after the other into `out` (values,), of their dtype and device."""
+        start = 0
+        for run in runs((Span(name, 0, self.shapes[name].numel()) for name in names), self._kind):
+            stop = start + sum(span.size for span in run)
+            self._subtract(run, out[start:stop])
+            start = stop
 
     def device(self, name: str) -> torch.device:
         """The device of the local state."""
-        return self._local[name].device
+        return self._kinds[name][1]
 
     def dtype(self, name: str) -> torch.dtype:
         """float64 where one of the states is, else float32."""
-        return _wide(self._local[name], self._base[name])
+        return self._kinds[name][0]
 
-    def pieces(self, span: Span) -> Iterator[torch.Tensor]:
-        """The values of a span, float64.
+    def runs(
+        self, spans: Iterable[Span], alike: Callable[[str], object]
+    ) -> Iterator[tuple[list[Span], torch.Tensor]]:
+        """The values of spans, float64.
 
         Raises:
-            Withheld: LOCAL_MODEL_CHANGED, once the last piece was read.
+            Withheld: LOCAL_MODEL_CHANGED, once the last of them was read.
         """
-        square = torch.zeros((), dtype=torch.float64, device=self.device(span.name))
-        for wide in self._computed(span):
-            square += torch.dot(wide, wide)
-            yield wide
-        if not math.isclose(float(square), self._known[span], rel_tol=_SAME):
+        asked, found = list(spans), _Squares()
+        for run, wide in self._computed(asked, alike):
+            found.add(run, wide)
+            yield run, wide
+        squares = found.by_name()
+        same = (math.isclose(squares[s.name], self._known[s], rel_tol=_SAME) for s in asked)
+        if not all(same):
             raise Withheld(
                 Reason.LOCAL_MODEL_CHANGED,
                 "The model was changed while its update was being released; nothing was released. "
                 "Release once training has stopped, in every thread.",
             )
 
-    def _computed(self, span: Span) -> Iterator[torch.Tensor]:
-        new, old = span.of(self._local[span.name]), span.of(self._base[span.name])
-        room_for = min(CHUNK, new.numel())
-        difference = torch.empty(room_for, dtype=_wide(new, old), device=new.device)
-        wide = torch.empty(room_for, dtype=torch.float64, device=new.device)
-        for theirs, ours in zip(chunks(new), chunks(old), strict=True):
-            count = theirs.numel()
-            yield wide[:count].copy_(_subtract(theirs, ours, difference[:count]))
+    def _kind(self, name: str) -> Kind:
+        return self._kinds[name]
+
+    def _computed(
+        self, spans: Sequence[Span], alike: Callable[[str], object]
+    ) -> Iterator[tuple[list[Span], torch.Tensor]]:
+        most = min(CHUNK, sum(span.size for span in spans))
+        rooms: dict[Kind, tuple[torch.Tensor, torch.Tensor]] = {}
+        for run in runs(spans, lambda name: (self._kinds[name], alike(name))):
+            kind, size = self._kinds[run[0].name], sum(span.size for span in run)
+            if kind not in rooms:
+                dtype, device, _ = kind
+                narrow = torch.empty(most, dtype=dtype, device=device)
+                rooms[kind] = narrow, torch.empty(most, dtype=torch.float64, device=device)
+            narrow, wide = rooms[kind]
+            yield run, wide[:size].copy_(self._subtract(run, narrow[:size]))
+
+    def _subtract(self, run: Sequence[Span], out: torch.Tensor) -> torch.Tensor:
+        new, old = joined(self._local, run), joined(self._base, run)
+        return torch.sub(new.to(out.dtype), old.to(out.device, out.dtype), out=out)
 
     def _measured(self) -> dict[str, float]:
-        def start() -> Callable[[list[Span]], list[float]]:
-            return lambda spans: [self._square(span) for span in spans]
+        def measure(spans: list[Span]) -> dict[str, float]:
+            found = _Squares()
+            for run, wide in self._computed(spans, lambda _: None):
+                found.add(run, wide)
+            return found.by_name()
 
         cut = self.blocks(self.shapes)
         parts: dict[str, list[float]] = {name: [] for name in self.shapes}
-        for spans, found in zip(cut, share_out(cut, start), strict=True):
-            for span, square in zip(spans, found, strict=True):
-                self._known[span] = square
-                parts[span.name].append(square)
+        for spans, found in zip(cut, share_out(cut, lambda: measure), strict=True):
+            for span in spans:
+                self._known[span] = found[span.name]
+                parts[span.name].append(found[span.name])
         return {name: _finite_sum(name, squares) for name, squares in parts.items()}
 
-    def _square(self, span: Span) -> float:
-        return float(sum(torch.dot(wide, wide) for wide in self._computed(span)))
+
+class _Squares:
+    """Sums of squares of the tensors of one block, which are told when all were read.
+
+    Asking a GPU for each of them would wait for it each time.
+    """
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._sums: list[torch.Tensor] = []
+
+    def add(self, run: Sequence[Span], wide: torch.Tensor) -> None:
+        """Take the values of a run, float64."""
+        self._names += [span.name for span in run]
+        self._sums += [torch.dot(part, part) for part in parted(wide, run)]
+
+    def by_name(self) -> dict[str, float]:
+        """The sum of all values that were taken, of each tensor."""
+        found = dict.fromkeys(self._names, 0.0)
+        sums = (together.tolist() for together in map(torch.stack, _by_device(self._sums)))
+        for name, square in zip(self._names, itertools.chain.from_iterable(sums), strict=True):
+            found[name] += square
+        return found
 
 
 class Desk:
@@ -238,12 +294,12 @@ class Desk:
         for name in names:
             kinds.setdefault((source.dtype(name), source.device(name)), []).append(name)
         return {
-            name: source.put(name, place.view(source.shapes[name]))
+            name: place.view(source.shapes[name])
             for kind, alike in kinds.items()
-            for name, place in zip(alike, self._places(kind, alike, source), strict=True)
+            for name, place in zip(alike, self._laid(kind, alike, source), strict=True)
         }
 
-    def _places(
+    def _laid(
         self, kind: tuple[torch.dtype, torch.device], names: list[str], source: Differences
     ) -> tuple[torch.Tensor, ...]:
         sizes = [source.shapes[name].numel() for name in names]
@@ -251,15 +307,18 @@ class Desk:
         if room is None or room.numel() < sum(sizes):
             dtype, device = kind
             room = self._rooms[kind] = torch.empty(sum(sizes), dtype=dtype, device=device)
+        source.write(names, room[: sum(sizes)])
         return torch.split(room[: sum(sizes)], sizes)
 
 
-def _wide(local: torch.Tensor, base: torch.Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in (local.dtype, base.dtype) else torch.float32
+def _kind(local: torch.Tensor, base: torch.Tensor) -> Kind:
+    wide = torch.float64 if torch.float64 in (local.dtype, base.dtype) else torch.float32
+    return wide, local.device, base.device
 
 
-def _subtract(new: torch.Tensor, old: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    return torch.sub(new.to(out.dtype), old.to(out.device, out.dtype), out=out)
+def _by_device(sums: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Neighbours of one device."""
+    return (list(alike) for _, alike in itertools.groupby(sums, lambda found: found.device))
 
 
 def _finite_sum(name: str, parts: list[float]) -> float:

@@ -16,6 +16,7 @@ Rules, in the order in which they are enforced:
 from __future__ import annotations
 
 import enum
+import functools
 import hashlib
 import json
 import math
@@ -29,13 +30,15 @@ from torch.nn.parameter import is_lazy
 from sentinel.errors import MisuseError, Withheld
 from sentinel.memory import room
 from sentinel.source import Differences, Held
+from sentinel.spans import joined, parted
 from sentinel.terms import Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Sequence
 
     from sentinel.memory import Rooms
     from sentinel.source import Source
+    from sentinel.spans import Span
 
 State = dict[str, torch.Tensor]
 Kind = Literal["weights", "delta"]
@@ -199,18 +202,30 @@ class Assembly:
             for name, out in self._out.items()
         }
 
-    def put(self, name: str, start: int, values: torch.Tensor) -> None:
+    def put(self, run: Sequence[Span], values: torch.Tensor) -> None:
         """Take values of the sanitized delta; threads may put different values at once.
 
         Args:
-            name: one that is released.
-            start: place of the first value in the flattened tensor.
-            values: float64 (values,); used up.
+            run: where they belong: spans of tensors that are released, on one device.
+            values: float64 (values,), one span after the other; used up.
         """
-        place = slice(start, start + values.numel())
-        target = self._out[name].view(-1)[place]
-        origin = self._origins[name][place] if self._kind == "weights" else None
-        _settle(target, origin, values, nearest=name in self._noised)
+        kinds = {(self._out[span.name].dtype, span.name in self._noised) for span in run}
+        if len(kinds) == 1:
+            self._put_alike(run, values)
+        else:
+            for span, part in zip(run, parted(values, run), strict=True):
+                self._put_alike([span], part)
+
+    def _put_alike(self, run: Sequence[Span], values: torch.Tensor) -> None:
+        """Settle all values of a run in one call, whatever many tensors they belong to."""
+        places = [span.of(self._out[span.name]) for span in run]
+        alone = len(places) == 1
+        target = places[0] if alone else values.new_empty(values.shape, dtype=places[0].dtype)
+        origin = joined(self._origins, run) if self._kind == "weights" else None
+        _settle(target, origin, values, nearest=run[0].name in self._noised)
+        if not alone:
+            for place, part in zip(places, parted(target, run), strict=True):
+                place.copy_(part)
 
     def state(self) -> State:
         """The finished state dict.
@@ -401,11 +416,16 @@ def model_digest(state: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach()
-        header = json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode()
-        digest.update(len(header).to_bytes(8, "little") + header)
+        digest.update(_header(name, tensor.dtype, tensor.shape))
         if tensor.numel():
             digest.update(_bytes_of(tensor))
     return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=1 << 12)  # the same model comes back, several times a round
+def _header(name: str, dtype: torch.dtype, shape: torch.Size) -> bytes:
+    header = json.dumps([name, str(dtype), list(shape)]).encode()
+    return len(header).to_bytes(8, "little") + header
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

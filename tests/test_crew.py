@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from sentinel.crew import BLOCK, blocks, few_threads, one_thread, share_out
+from sentinel.crew import few_threads, one_thread, share_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -141,16 +141,6 @@ def test_inference_mode_goes_along_and_gradients_are_not_recorded() -> None:
                 lambda: lambda _: (torch.is_inference_mode_enabled(), torch.is_grad_enabled()),
             )
         assert told == [(inference, False)] * 3
-
-
-def test_blocks_cover_every_value_once_and_hold_no_more_than_their_room() -> None:
-    sizes = {"a": 3, "none": 0, "large": 2 * BLOCK + 5, "b": BLOCK - 8, "c": 7}
-    cut = blocks(sizes)
-    assert all(sum(span.stop - span.start for span in block) <= BLOCK for block in cut)
-    for name, size in sizes.items():
-        places = [at for block in cut for s in block if s.name == name for at in (s.start, s.stop)]
-        assert places == sorted(places)
-        assert sum(s.stop - s.start for block in cut for s in block if s.name == name) == size
 
 
 @pytest.fixture

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-from sentinel.crew import BLOCK, Span
 from sentinel.errors import Withheld
 from sentinel.source import Desk, Differences, Held
+from sentinel.spans import BLOCK, Span, parted
 from sentinel.terms import Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 SIZES = {"small": (3, 5), "none": (0, 4), "large": (BLOCK + 70_001,), "one": (), "b": (BLOCK,)}
 
@@ -29,16 +33,24 @@ def states(dtype: torch.dtype = torch.float32) -> tuple[dict, dict]:
 
 
 def read(source: Held | Differences, name: str) -> torch.Tensor:
-    """A tensor, from its pieces."""
-    spans = [span for block in source.blocks({name}) for span in block]
-    pieces = [piece.clone() for span in spans for piece in source.pieces(span)]
-    return torch.cat([torch.zeros(0, dtype=torch.float64), *pieces]).view(source.shapes[name])
+    """A tensor, from its runs."""
+    return read_together(source, {name})[name]
+
+
+def read_together(source: Held | Differences, names: Collection[str]) -> dict[str, torch.Tensor]:
+    """Tensors, from runs that may hold several of them."""
+    found = {name: [torch.zeros(0, dtype=torch.float64)] for name in names}
+    for block in source.blocks(names):
+        for run, values in source.runs(block, lambda _: None):
+            for span, part in zip(run, parted(values, run), strict=True):
+                found[span.name].append(part.clone())
+    return {name: torch.cat(parts).view(source.shapes[name]) for name, parts in found.items()}
 
 
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str
 )
-def test_pieces_and_whole_tensors_are_the_difference(dtype: torch.dtype) -> None:
+def test_runs_and_whole_tensors_are_the_difference(dtype: torch.dtype) -> None:
     base, local = states(dtype)
     found = Differences(SIZES, local, base)
     for name in SIZES:
@@ -48,6 +60,27 @@ def test_pieces_and_whole_tensors_are_the_difference(dtype: torch.dtype) -> None
         assert torch.equal(read(found, name), expected.double())
         assert found.squares[name] == pytest.approx(float(expected.double().square().sum()))
         assert read(Held({name: expected}), name).equal(expected.double())
+        assert read_together(found, list(SIZES))[name].equal(expected.double())
+
+
+def test_small_tensors_of_several_dtypes_are_read_together_by_kind() -> None:
+    """None of them takes a value of its neighbour's, or is rounded to its neighbour's dtype."""
+    kinds = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.float64)
+    base = {
+        f"{place} {kind}": torch.full((3,), 0.3, dtype=kind) for place, kind in enumerate(kinds)
+    }
+    local = {name: value + 1.7 + place for place, (name, value) in enumerate(base.items())}
+    found = Differences(base, local, base)
+    asked = [span for block in found.blocks(base) for span in block]
+    together = [[span.name for span in run] for run, _ in found.runs(asked, lambda _: None)]
+    names = list(base)
+    assert together == [names[:1], names[1:2], names[2:4], names[4:]]
+    for name, value in read_together(found, names).items():
+        assert torch.equal(value, found[name].double())
+    held = Held({name: found[name] for name in names})
+    assert all(read_together(held, names)[name].equal(found[name].double()) for name in names)
+    apart = [run for run, _ in found.runs(asked, lambda name: name)]
+    assert apart == [[span] for span in asked]
 
 
 def test_a_tensor_with_gaps_or_of_another_layout_is_read_in_the_order_of_its_values() -> None:
@@ -103,10 +136,9 @@ def test_reading_holds_a_piece_at_a_time() -> None:
     found = Differences(base, local, base)
     most = held()
     for spans in found.blocks(base):
-        for span in spans:
-            for piece in found.pieces(span):
-                assert float(piece[0]) == 1.0
-                most = max(most, held())
+        for _, values in found.runs(spans, lambda _: None):
+            assert float(values[0]) == 1.0
+            most = max(most, held())
     assert most - before < 16 << 20
 
 
@@ -124,7 +156,7 @@ def test_held_tensors_are_read_where_they_lie() -> None:
     spans = [span for block in source.blocks(tensors) for span in block]
     assert {span.name for span in spans} == {"one", "w"}
     for span in spans:
-        (piece,) = source.pieces(span)
+        ((_, piece),) = source.runs([span], lambda _: None)
         assert piece.data_ptr() == tensors[span.name].data_ptr()
         assert piece.numel() == tensors[span.name].numel()
         kind = (source.dtype(span.name), source.device(span.name))
@@ -134,7 +166,7 @@ def test_held_tensors_are_read_where_they_lie() -> None:
 def test_held_tensors_that_have_no_flat_view_are_not_read() -> None:
     source = Held({"w": torch.ones(2, 3).t()})
     with pytest.raises(RuntimeError, match="view"):
-        list(source.pieces(Span("w", 0, 6)))
+        list(source.runs([Span("w", 0, 6)], lambda _: None))
 
 
 def test_differences_have_the_wider_of_two_dtypes_and_the_device_of_the_local_state() -> None:
@@ -169,7 +201,7 @@ def test_a_difference_is_written_over_all_that_was_there() -> None:
     found = Differences(SIZES, local, base)
     for name in SIZES:
         whole = torch.full(found.shapes[name], math.nan, dtype=found.dtype(name))
-        assert found.put(name, whole) is whole
+        found.write([name], whole.view(-1))
         assert torch.equal(whole, found[name])
 
 

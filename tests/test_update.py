@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from sentinel.errors import MisuseError, Withheld
 from sentinel.source import Held
+from sentinel.spans import Span
 from sentinel.terms import Reason
 from sentinel.update import Role, Update, model_digest, require_state, shares_storage
 
@@ -35,7 +36,8 @@ def given_back(update: Update, released: list[str], **options: Any) -> dict[str,
     """The update as a state dict, its deltas as they are."""
     assembly = update.assembly(released, **options)
     for name in released:
-        assembly.put(name, 0, update.deltas[name].double().view(-1).clone())
+        values = update.deltas[name].double().view(-1).clone()
+        assembly.put([Span(name, 0, values.numel())], values)
     return assembly.state()
 
 
@@ -359,7 +361,7 @@ def test_values_under_a_name_that_is_not_released_are_not_taken() -> None:
     base = {"w": torch.zeros(3), "stays": torch.zeros(3)}
     assembly = update_of(base, {name: torch.ones(3) for name in base}).assembly(["w"])
     with pytest.raises(KeyError):
-        assembly.put("stays", 0, torch.ones(3, dtype=torch.float64))
+        assembly.put([Span("stays", 0, 3)], torch.ones(3, dtype=torch.float64))
     assert torch.equal(assembly.state()["stays"], base["stays"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -10,14 +11,15 @@ from sentinel.crew import share_out
 from sentinel.mechanism.recipe import Recipe, Workspace
 from sentinel.memory import room
 from sentinel.source import Held
+from sentinel.spans import parted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from sentinel.crew import Span
     from sentinel.mechanism.entropy import Entropy
     from sentinel.memory import Rooms
     from sentinel.source import Source
+    from sentinel.spans import Span
 
 Taken = TypeVar("Taken")
 
@@ -51,8 +53,9 @@ def add_noise_(tensor: torch.Tensor, std: float, step: float, entropy: Entropy) 
         return
     flat = tensor.view(-1)
 
-    def write(_: str, start: int, values: torch.Tensor) -> None:
-        flat[start : start + values.numel()].copy_(values)
+    def write(run: Sequence[Span], values: torch.Tensor) -> None:
+        (span,) = run
+        span.of(flat).copy_(values)
 
     treat_each(Held({"": tensor}), {"": Recipe(std=std, step=step)}, entropy, write)
 
@@ -89,14 +92,18 @@ def treat_all(
         if name in recipes
     }
 
-    def keep(name: str, start: int, values: torch.Tensor) -> torch.Tensor:
-        place = made[name].view(-1)[start : start + values.numel()]
-        values.copy_(place.copy_(values))  # as it was rounded
-        return torch.dot(values, values)
+    def keep(run: Sequence[Span], values: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+        values.copy_(values.to(source.dtype(run[0].name)))  # as it is rounded
+        found = []
+        for span, part in zip(run, parted(values, run), strict=True):
+            span.of(made[span.name]).copy_(part)
+            found.append((span.name, torch.dot(part, part)))
+        return found
 
     squares = dict.fromkeys(made, 0.0)
-    for name, parts in treat_each(source, recipes, entropy, keep).items():
-        squares[name] = float(torch.stack(parts).sum())
+    for found in treat_each(source, recipes, entropy, keep):
+        for name, square in found:
+            squares[name] += float(square)
     return Held(made), squares
 
 
@@ -104,44 +111,39 @@ def treat_each(
     source: Source,
     recipes: Mapping[str, Recipe],
     entropy: Entropy,
-    take: Callable[[str, int, torch.Tensor], Taken],
-) -> dict[str, list[Taken]]:
+    take: Callable[[Sequence[Span], torch.Tensor], Taken],
+) -> list[Taken]:
     """Carry out a recipe on each tensor, on all cores, and hand on what came out.
 
     Args:
         source: the tensors; read only.
         recipes: one for each name that is read.
         entropy: every block of values draws from a branch of its own.
-        take: called with a name, the place of the first value in the flattened tensor, and the
-            values: float64, valid until it returns.
+        take: called with spans of tensors that have one recipe, dtype and device, and with their
+            values one after the other: float64, valid until it returns.
 
     Returns:
-        What `take` returned, by name, in the order of the values.
+        What `take` returned, in the order of the values.
     """
     work = [(block, entropy.branch()) for block in source.blocks(recipes)]
+    most = max((_size(spans) for spans, _ in work), default=0)
 
-    most = max((sum(span.stop - span.start for span in spans) for spans, _ in work), default=0)
-
-    def start() -> Callable[[tuple[list[Span], Entropy]], list[tuple[str, Taken]]]:
+    def start() -> Callable[[tuple[list[Span], Entropy]], list[Taken]]:
         workspaces = {at: Workspace(at, most) for at in set(map(source.device, recipes))}
 
-        def treat(task: tuple[list[Span], Entropy]) -> list[tuple[str, Taken]]:
+        def treat(task: tuple[list[Span], Entropy]) -> list[Taken]:
             spans, branch = task
             for workspace in workspaces.values():
-                workspace.begin(branch, sum(span.stop - span.start for span in spans))
-            done = []
-            for span in spans:
-                at = span.start
-                for piece in source.pieces(span):
-                    values = workspaces[piece.device].treat(piece, recipes[span.name])
-                    done.append((span.name, take(span.name, at, values)))
-                    at += piece.numel()
-            return done
+                workspace.begin(branch, _size(spans))
+            return [
+                take(run, workspaces[values.device].treat(values, recipes[run[0].name]))
+                for run, values in source.runs(spans, recipes.__getitem__)
+            ]
 
         return treat
 
-    taken: dict[str, list[Taken]] = {}
-    for done in share_out(work, start):
-        for name, entry in done:
-            taken.setdefault(name, []).append(entry)
-    return taken
+    return list(itertools.chain.from_iterable(share_out(work, start)))
+
+
+def _size(spans: Iterable[Span]) -> int:
+    return sum(span.size for span in spans)

@@ -13,14 +13,15 @@ from sentinel.mechanism.grid import grid_step, rounding_reach
 from sentinel.mechanism.noise import treat_each
 from sentinel.mechanism.recipe import Recipe
 from sentinel.memory import room
+from sentinel.spans import parted
 from sentinel.terms import Action, NormBound, Treatment
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from sentinel.crew import Span
     from sentinel.mechanism.entropy import Entropy
     from sentinel.memory import Rooms
+    from sentinel.spans import Span
     from sentinel.terms import Plan
     from sentinel.update import Kind, State, Update
 
@@ -134,9 +135,9 @@ def _limited(update: Update, recipes: Mapping[str, Recipe]) -> dict[str, float]:
 
     def measure(spans: list[Span]) -> list[tuple[str, float]]:
         return [
-            (span.name, sum_of_squares(piece, limits[span.name]))
-            for span in spans
-            for piece in update.deltas.pieces(span)
+            (span.name, sum_of_squares(part, limits[span.name]))
+            for run, values in update.deltas.runs(spans, lambda _: None)
+            for span, part in zip(run, parted(values, run), strict=True)
         ]
 
     squares = {name: 0.0 if name in limits else update.squares[name] for name in recipes}

@@ -11,11 +11,11 @@ import pytest
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from sentinel.crew import BLOCK
 from sentinel.mechanism import Recipe, SystemEntropy, add_noise_, grid_step, treat_all
 from sentinel.mechanism.entropy import uniform
 from sentinel.mechanism.recipe import Workspace
 from sentinel.source import Held
+from sentinel.spans import BLOCK
 
 STEP = 2.0**-20
 
@@ -224,3 +224,31 @@ def test_system_entropy_fills_every_byte(length: int) -> None:
             bytearray(a | b for a, b in zip(seen, buffer, strict=True)) if length < 99 else buffer
         )
     assert all(seen) if length < 99 else len(set(seen)) == 256
+
+
+def test_small_tensors_side_by_side_get_what_each_would_get_alone(fixed_entropy) -> None:
+    """Neighbours of other recipes and dtypes, some with noise and some without."""
+    recipes = {
+        "half": Recipe(factor=0.5),
+        "half too": Recipe(factor=0.5),
+        "limited": Recipe(max_abs=0.25),
+        "noised": Recipe(std=1.0, step=STEP),
+        "noised too": Recipe(std=1.0, step=STEP),
+        "quieter": Recipe(std=0.5, step=STEP),
+        "wide": Recipe(factor=0.25),
+        "plain": Recipe(),
+    }
+    tensors = {name: torch.linspace(-1, 1, 999) for name in recipes}
+    tensors["wide"] = tensors["wide"].double()
+    made, squares = treat_all(Held(tensors), recipes, fixed_entropy(9))
+    assert all(torch.equal(made[name], tensors["half"] / 2) for name in ("half", "half too"))
+    assert torch.equal(made["limited"], tensors["limited"].clamp(-0.25, 0.25))
+    assert torch.equal(made["wide"], tensors["wide"] / 4)
+    assert torch.equal(made["plain"], tensors["plain"])
+    noise = {name: (made[name] - tensors[name]).double() for name in recipes}
+    for name, std in (("noised", 1.0), ("noised too", 1.0), ("quieter", 0.5)):
+        assert noise[name].std().item() == pytest.approx(std, rel=0.1)
+    both = torch.stack([noise["noised"], noise["noised too"]])
+    assert abs(torch.corrcoef(both)[0, 1].item()) < 5 / math.sqrt(999)
+    for name, square in squares.items():
+        assert square == pytest.approx(made[name].double().square().sum().item(), rel=1e-12)

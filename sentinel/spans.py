@@ -1,0 +1,89 @@
+"""Spans: stretches of named tensors, and how they are cut up to be worked on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from sentinel.chunks import CHUNK
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+BLOCK = 1 << 20  # values that one thread takes at a time: some milliseconds of work
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Values `start` up to `stop` of the tensor `name`, flattened."""
+
+    name: str
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        """How many values it has."""
+        return self.stop - self.start
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """These values of a contiguous tensor, as a view (values,)."""
+        flat = tensor.view(-1)
+        return flat if self.size == flat.numel() else flat[self.start : self.stop]
+
+
+def blocks(sizes: Mapping[str, int]) -> list[list[Span]]:
+    """Cut tensors of so many values into blocks of `BLOCK` (the last one may hold fewer), in order.
+
+    A large tensor is spread over several blocks; a block may hold many small ones. The cut depends
+    on names and sizes alone, so that what is drawn for a block is the same on any machine.
+    """
+    cut: list[list[Span]] = []
+    room = 0
+    for name, size in sizes.items():
+        start = 0
+        while start < size:
+            if not room:
+                cut.append([])
+                room = BLOCK
+            stop = min(size, start + room)
+            cut[-1].append(Span(name, start, stop))
+            room -= stop - start
+            start = stop
+    return cut
+
+
+def runs(spans: Iterable[Span], kind: Callable[[str], object]) -> Iterator[list[Span]]:
+    """Cut spans into what is handled by one call: `CHUNK` values at most, in order.
+
+    A large span is cut into chunks of its own, so that it need not be copied to be read; small
+    neighbours stay together where their tensors are of one kind.
+    """
+    run: list[Span] = []
+    room, last = CHUNK, None
+    for span in spans:
+        this = kind(span.name)
+        if run and (span.size > room or this != last):
+            yield run
+            run, room = [], CHUNK
+        if span.size > CHUNK:
+            starts = range(span.start, span.stop, CHUNK)
+            yield from ([Span(span.name, at, min(at + CHUNK, span.stop))] for at in starts)
+        else:
+            run.append(span)
+            room, last = room - span.size, this
+    if run:
+        yield run
+
+
+def joined(tensors: Mapping[str, torch.Tensor], spans: Sequence[Span]) -> torch.Tensor:
+    """The values of spans one after the other (values,): a view of a single one, else a copy."""
+    parts = [span.of(tensors[span.name]) for span in spans]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def parted(values: torch.Tensor, spans: Sequence[Span]) -> Sequence[torch.Tensor]:
+    """Of values that were joined, those of each span, as views."""
+    return (values,) if len(spans) == 1 else torch.split(values, [span.size for span in spans])
