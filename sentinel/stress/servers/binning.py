@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from sentinel.stress.layers import State, attacked_pair, copied, layer_inputs, linear_layers
-from sentinel.stress.servers.lines import Direction, cuts_at, line_of, middles
+from sentinel.stress.servers.fit import fitted
+from sentinel.stress.servers.lines import Direction, apart, cuts_at, line_of, middles
 from sentinel.stress.servers.rows import (
     PLAIN,
     Stealth,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+@fitted
 def binning(  # noqa: PLR0913 - each is one free choice of the attacker, by keyword
     model: nn.Module,
     state: Mapping[str, Tensor],
@@ -34,6 +36,7 @@ def binning(  # noqa: PLR0913 - each is one free choice of the attacker, by keyw
     direction: Direction = Direction.GAUSSIAN,
     scale: float = 1.0,
     sample: Tensor | None = None,
+    records: int = 0,
     stealth: Stealth = PLAIN,
 ) -> State:
     """Let all neurons scan one direction at rising thresholds, so that neighbours isolate a record.
@@ -48,6 +51,8 @@ def binning(  # noqa: PLR0913 - each is one free choice of the attacker, by keyw
             local steps close to one, so that more is read from epochs of local training.
         sample: [n, ...] records the thresholds are quantiles of; where left out, the layer's input
             is taken for standard normal.
+        records: how many stand behind the update, where the server knows; with more of them than
+            neurons, only as much of the middle of the line is scanned as has a bin for each.
         stealth: how the rows hide.
 
     Returns:
@@ -65,7 +70,7 @@ def binning(  # noqa: PLR0913 - each is one free choice of the attacker, by keyw
     rows = crafted_rows(len(bias), stealth, generator)
     line = line_of(direction, weight.shape[1], generator)
     inputs = None if sample is None else layer_inputs(model, state, sample, first)
-    cuts = cuts_at(middles(len(rows)), line, inputs)
+    cuts = cuts_at(apart(len(rows), records), line, inputs)
     spread = line.expand(len(rows), -1)
     weight[rows] = jittered_rows(spread, stealth.jitter, generator).to(weight)
     bias[rows] = (-cuts).to(bias)
@@ -78,6 +83,7 @@ def binning(  # noqa: PLR0913 - each is one free choice of the attacker, by keyw
     return crafted
 
 
+@fitted
 def sparse_binning(  # noqa: PLR0913 - each is one free choice of the attacker, by keyword
     model: nn.Module,
     state: Mapping[str, Tensor],
@@ -140,6 +146,7 @@ def _widths(cuts: Tensor) -> Tensor:
     )
 
 
+@fitted
 def isolation(  # noqa: PLR0913 - each is one free choice of the attacker, by keyword
     model: nn.Module,
     state: Mapping[str, Tensor],

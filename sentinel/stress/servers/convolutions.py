@@ -17,6 +17,7 @@ from sentinel.stress.layers import (
     layer_inputs,
     linear_layers,
 )
+from sentinel.stress.servers.fit import fitted
 from sentinel.stress.servers.lines import cuts_at, middles
 from sentinel.stress.servers.rows import set_even
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 BOOST = 500.0  # of the published kernels, so that bins stand far from one another
 
 
+@fitted
 def pass_through(
     model: nn.Module,
     state: Mapping[str, Tensor],
@@ -60,6 +62,7 @@ def pass_through(
     return crafted
 
 
+@fitted
 def loki(  # noqa: PLR0913 - each is one free choice of the attacker, by keyword
     model: nn.Module,
     state: Mapping[str, Tensor],

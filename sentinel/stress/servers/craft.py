@@ -7,7 +7,7 @@ recipe inserts layers, it is written into existing ones here.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from sentinel.errors import MisuseError
 from sentinel.stress.layers import State, copied
@@ -23,9 +23,17 @@ class Craft(Protocol):
     """A crafting function with all its choices made."""
 
     def __call__(
-        self, model: nn.Module, state: Mapping[str, Tensor], *, generator: torch.Generator
+        self, model: nn.Module, state: Mapping[str, Tensor], /, *, generator: torch.Generator
     ) -> State:
         """Return a crafted copy of `state`."""
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """A craft that is told what came back, and bends the next model by it."""
+
+    def learn(self, received: Mapping[str, Tensor]) -> None:
+        """Take what came back of the model that was crafted last: a local state, or their mean."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import torch
 
 from sentinel.errors import MisuseError
 from sentinel.stress.layers import State, copied
+from sentinel.stress.servers.craft import Learner
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -49,17 +50,29 @@ class FedAvgServer:
         del number
         if not states:
             return
+        self._state = self._mean(states, weights)
+
+    def _mean(
+        self, states: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, float]
+    ) -> State:
+        """Return the weighted mean of the floating entries; the others stay as they are."""
         total = sum(weights[site] for site in states)
-        for name, value in self._state.items():
-            parts = [states[site][name] * (weights[site] / total) for site in states]
-            value.copy_(torch.stack(parts).sum(0) if value.is_floating_point() else value)
+        return {
+            name: torch.stack([states[site][name] * (weights[site] / total) for site in states])
+            .sum(0)
+            .to(value.dtype)
+            if value.is_floating_point()
+            else value.clone()
+            for name, value in self._state.items()
+        }
 
 
 class MaliciousServer(FedAvgServer):
     """A server that turns: in some rounds it hands out a crafted model and keeps what it gets.
 
     Before and after, it behaves as the honest one, from the model it had: the updates of a crafted
-    round are read and thrown away. So rounds of a scan all start from the same model.
+    round are read and thrown away. So rounds of a scan all start from the same model. A craft that
+    learns, as `scan.Search`, is told the mean of what comes back.
     """
 
     def __init__(  # noqa: PLR0913 - each is one free choice of the attacker, by keyword
@@ -97,6 +110,7 @@ class MaliciousServer(FedAvgServer):
         self._clients = dict(clients or {})
         self.turns_at, self._every = turns_at, every
         self._sent: dict[tuple[int, str | None], State] = {}
+        self._made_by: dict[tuple[int, str | None], Craft] = {}
         self.crafted: State | None = None
 
     def turn(self, number: int) -> int | None:
@@ -118,12 +132,20 @@ class MaliciousServer(FedAvgServer):
             if client is not None:
                 craft = self._clients.get(client, craft)
             self._sent[key] = craft(self._model, honest, generator=self._generator)
+            self._made_by[key] = craft
         self.crafted = self._sent[key]
         return copied(self.crafted)
 
     def aggregate(
         self, number: int, states: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, float]
     ) -> None:
-        """Average as the honest server does; what comes back of a crafted round is not used."""
+        """Average as the honest server does; of a crafted round only its craft may learn."""
         if self.turn(number) is None:
             super().aggregate(number, states, weights)
+            return
+        for (made_in, client), craft in self._made_by.items():
+            if made_in != number or not isinstance(craft, Learner):
+                continue
+            sites = [site for site in states if (site if site in self._clients else None) == client]
+            if sites:
+                craft.learn(self._mean({site: states[site] for site in sites}, weights))

@@ -17,6 +17,7 @@ from sentinel.stress.layers import (
     linear_layers,
 )
 from sentinel.stress.servers.craft import check_index
+from sentinel.stress.servers.fit import fitted
 from sentinel.stress.servers.lines import Direction, cuts_at, line_of, middles
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ TINY = 1e-6  # least scatter that a feature is divided by
 SMALL = 0.01  # weight on the hidden layer that keeps it from moving the certain logit
 
 
+@fitted
 def fishing_class(
     model: nn.Module,
     state: Mapping[str, Tensor],
@@ -69,6 +71,7 @@ def fishing_class(
     return crafted
 
 
+@fitted
 def fishing_feature(  # noqa: PLR0913 - each is one free choice of the attacker, by keyword
     model: nn.Module,
     state: Mapping[str, Tensor],
@@ -82,6 +85,9 @@ def fishing_feature(  # noqa: PLR0913 - each is one free choice of the attacker,
     batch: int = 8,
 ) -> State:
     """Magnify one feature of one class, so that records on one side of a threshold fall silent.
+
+    Records of another class fall silent on the other side, so this is for a batch of one class; of
+    several it singles out nobody where the net tells them apart.
 
     Args:
         model: the architecture.
@@ -122,6 +128,7 @@ def fishing_feature(  # noqa: PLR0913 - each is one free choice of the attacker,
     return crafted
 
 
+@fitted
 def class_separation(  # noqa: PLR0913 - each is one free choice of the attacker, by keyword
     model: nn.Module,
     state: Mapping[str, Tensor],

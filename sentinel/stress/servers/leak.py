@@ -15,6 +15,7 @@ import torch
 
 from sentinel.errors import MisuseError
 from sentinel.stress.passive.tabular import EXACT, nearest
+from sentinel.stress.servers.fit import check_fit, eager
 from sentinel.stress.servers.raw import (
     Gradient,
     count_read,
@@ -32,8 +33,9 @@ if TYPE_CHECKING:
 
     from sentinel.stress.layers import State
     from sentinel.stress.servers.raw import Batch
+    from sentinel.stress.servers.scan import Search
 
-ATTACK_SHARE = 0.10  # of the records, from which a crafted model counts as an attack
+ATTACK_SHARE = 0.10  # of the records beyond the honest model's, from which it is an attack
 ATTACK_FACTOR = 2.0  # times what the honest model gives away, from which it does as well
 ATTACK_FLOOR = 0.02  # of the records, where the honest model gives away none
 
@@ -77,12 +79,14 @@ class Leak:
 
     @property
     def reads(self) -> bool:
-        """Whether at least 10 % of the rows were read, or twice what the honest model gives.
+        """Whether the model reads 10 % of the rows more than the honest one, or twice as many.
 
-        Twice nothing is one row in fifty: a single token out of hundreds is no attack.
+        What the honest model of the same net gives away of the same batches is nobody's attack:
+        of a batch of one it gives all. Twice nothing is one row in fifty, since a single token out
+        of hundreds is no attack.
         """
         twice = max(ATTACK_FACTOR * self.honest_share, ATTACK_FLOOR)
-        return self.share >= min(ATTACK_SHARE, twice)
+        return self.share >= min(self.honest_share + ATTACK_SHARE, twice)
 
     @property
     def fishes(self) -> bool:
@@ -102,13 +106,14 @@ class Leak:
         return self.reads or self.fishes
 
 
-def measure(
+def measure(  # noqa: PLR0913 - two models, the batches, and how they are read
     model: nn.Module,
     honest: Mapping[str, Tensor],
     crafted: Mapping[str, Tensor],
     batches: Sequence[Batch],
     *,
     layer: str | None = None,
+    secret: Tensor | None = None,
 ) -> Leak:
     """Measure both models on the same batches, each as one raw gradient in training mode.
 
@@ -119,22 +124,24 @@ def measure(
         batches: records [n, ...] and integer labels [n] of each step.
         layer: whose input is read; where left out the first fully connected layer, or the last
             where that feeds no other.
+        secret: [directions, neurons], the decoder of a hidden attack (see `seer`); the honest
+            model is read without.
 
     Raises:
-        MisuseError: no batch, or no fully connected layer.
+        MisuseError: no batch, no fully connected layer, or one that is not trained.
     """
     if not batches:
         msg = "measuring a leak needs at least one batch of records and labels"
         raise MisuseError(msg)
+    model = _fitting(model, honest)
     chosen = read_layer(model, honest, layer)
     found = {
         "crafted": [gradient_of(model, crafted, batch, chosen) for batch in batches],
         "honest": [gradient_of(model, honest, batch, chosen) for batch in batches],
     }
-    states = {"crafted": crafted, "honest": honest}
     read = {
-        kind: sum(rows_read(model, states[kind], one, chosen) for one in found[kind])
-        for kind in found
+        "crafted": sum(rows_read(model, crafted, one, chosen, secret) for one in found["crafted"]),
+        "honest": sum(rows_read(model, honest, one, chosen) for one in found["honest"]),
     }
     return Leak(
         layer=chosen,
@@ -168,6 +175,7 @@ def measure_sum(
     Returns:
         The reads of the target's rows in the sum, and of how many *clients* the sum is made.
     """
+    model = _fitting(model, honest)
     chosen = read_layer(model, honest, None)
     states = [target, *([others] * (len(batches) - 1))]
     crafted = [
@@ -207,6 +215,7 @@ def measure_rounds(
         crafted: the crafted states, one for each round.
         batch: records and labels that the client trains on in every round.
     """
+    model = _fitting(model, honest)
     chosen = read_layer(model, honest, None)
     rounds = [gradient_of(model, state, batch, chosen) for state in crafted]
     pooled = torch.cat(
@@ -227,6 +236,47 @@ def measure_rounds(
         largest=_mean([_largest(one.norms) for one in rounds]),
         alike=_mean([one.alike for one in rounds]),
     )
+
+
+def measure_search(  # noqa: PLR0913 - two models, the records, and how the search goes
+    model: nn.Module,
+    honest: Mapping[str, Tensor],
+    search: Search,
+    batch: Batch,
+    rounds: int,
+    *,
+    generator: torch.Generator,
+) -> Leak:
+    """Measure what a search reads that bends each round's model by the last round's gradient.
+
+    Args:
+        model: the architecture; it is not touched.
+        honest: the honest state, from which every round starts.
+        search: the server, told each raw gradient as a step at rate one.
+        batch: records and labels that the client trains on in every round.
+        rounds: how many.
+        generator: the attacker's randomness.
+    """
+    plain = _fitting(model, honest)
+    chosen = read_layer(plain, honest, None)
+    sent = []
+    for _ in range(rounds):
+        sent.append(search(plain, honest, generator=generator))
+        values = gradient_of(plain, sent[-1], batch, chosen).values
+        search.learn(
+            {
+                name: value.double() - values[name].double() if name in values else value
+                for name, value in sent[-1].items()
+            }
+        )
+    return measure_rounds(plain, honest, sent, batch)
+
+
+def _fitting(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """Return the model as it runs uncompiled; refuse one that does not fit the state."""
+    plain = eager(model)
+    check_fit(plain, state)
+    return plain
 
 
 def effective_records(norms: Tensor) -> float:

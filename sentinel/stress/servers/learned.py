@@ -1,7 +1,7 @@
 """Family F, learned: the net is trained to leak, so its weights look as training leaves them.
 
 Both crafts train from the honest model on public records. They are small versions of published
-attacks: no secret decoder is learned, what leaks is read as from any other model.
+attacks: what leaks is read as from any other model. For one that needs a secret see `seer`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from sentinel.stress.layers import (
     loaded,
     recorded_inputs,
 )
+from sentinel.stress.servers.fit import fitted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -30,6 +31,7 @@ FLOOR = 1e-6  # keeps a logarithm finite
 STEEP = 4.0  # how sharply firing is told from not firing, by the scatter of what drives it
 
 
+@fitted
 def learned_neurons(  # noqa: PLR0913 - each is one free choice of the attacker, by keyword
     model: nn.Module,
     state: Mapping[str, Tensor],
@@ -61,10 +63,12 @@ def learned_neurons(  # noqa: PLR0913 - each is one free choice of the attacker,
         MisuseError: the sample is too small, or no two fully connected layers stand in a row.
 
     Reference: the objective is Pan et al.'s count of exclusive neurons, USENIX Security 2022; the
-    idea of training what leaks is Garov et al., "SEER", ICLR 2024, arXiv 2306.03013.
+    idea of training a net until every record can be told apart in its gradient is that of "EGGV",
+    2025, arXiv 2502.04106.
     """
     first, _ = attacked_pair(model, state)
-    twin = loaded(model, state).train()
+    twin = loaded(model, state).float().train()
+    sample = _single_precision(sample)
     layer = twin.get_submodule(first)
 
     def objective(chosen: Tensor) -> Tensor:
@@ -81,6 +85,7 @@ def learned_neurons(  # noqa: PLR0913 - each is one free choice of the attacker,
     return _trained(twin, state, objective, sample, batch, steps, rate, pull, generator)
 
 
+@fitted
 def learned_dominance(  # noqa: PLR0913 - each is one free choice of the attacker, by keyword
     model: nn.Module,
     state: Mapping[str, Tensor],
@@ -88,12 +93,15 @@ def learned_dominance(  # noqa: PLR0913 - each is one free choice of the attacke
     generator: torch.Generator,
     sample: Tensor,
     labels: Tensor | None = None,
+    wanted: Tensor | None = None,
     batch: int = 8,
     steps: int = 200,
     rate: float = 0.01,
     pull: float = 0.01,
 ) -> State:
     """Train the whole net so that one record of a batch has nearly all of the gradient's norm.
+
+    Or, with `wanted`, those records that the server looks for: patients of one kind.
 
     The objective takes the last layer's gradient of each record, ||p - y|| sqrt(||h||^2 + 1).
     With public labels most records become certain and few do not; without, labels are drawn, so
@@ -105,6 +113,7 @@ def learned_dominance(  # noqa: PLR0913 - each is one free choice of the attacke
         generator: draws the batches and the labels.
         sample: [n, ...] public records, at least `batch`.
         labels: [n] theirs, integers; drawn where left out.
+        wanted: [n] bool, which of the sample are of the kind that is looked for.
         batch: records per batch.
         steps: of training.
         rate: step size of Adam.
@@ -115,22 +124,39 @@ def learned_dominance(  # noqa: PLR0913 - each is one free choice of the attacke
         honest ones.
 
     Raises:
-        MisuseError: the sample is too small, or the model has no fully connected layer.
+        MisuseError: the sample is too small, the model has no fully connected layer, or `wanted`
+            names no record or all of them.
 
     Reference: Garov et al., "SEER", ICLR 2024, arXiv 2306.03013; Shan et al., "Geminio", ICCV
     2025, arXiv 2411.14937.
     """
+    _check_kind(wanted)
     last = chosen_layer(linear_layers(model, state), None, default=-1)
-    twin = loaded(model, state).train()
+    twin = loaded(model, state).float().train()
+    sample = _single_precision(sample)
 
     def objective(chosen: Tensor) -> Tensor:
         output, hidden = recorded_inputs(twin, sample[chosen], last)
         drawn = torch.randint(max(output.shape[1], 2), (len(chosen),), generator=generator)
         errors = _errors(output, drawn if labels is None else labels[chosen])
         norms = errors * (hidden.square().sum(1) + 1).sqrt()
-        return norms.sum().log() - norms.amax().log()
+        if wanted is None:
+            return norms.sum().log() - norms.amax().log()
+        of_kind = (norms * wanted[chosen]).sum()
+        return norms.sum().log() - (of_kind + FLOOR).log()
 
     return _trained(twin, state, objective, sample, batch, steps, rate, pull, generator)
+
+
+def _check_kind(wanted: Tensor | None) -> None:
+    if wanted is not None and (bool(wanted.all()) or not wanted.any()):
+        msg = "wanted needs some of the sample's records to be of the kind, and some not"
+        raise MisuseError(msg)
+
+
+def _single_precision(sample: Tensor) -> Tensor:
+    """Return the records in float32, in which training stays finite; integers as they are."""
+    return sample.float() if sample.is_floating_point() else sample
 
 
 def _errors(output: Tensor, labels: Tensor) -> Tensor:

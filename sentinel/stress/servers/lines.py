@@ -33,6 +33,17 @@ def middles(count: int) -> Tensor:
     return (torch.arange(count) + 0.5) / count
 
 
+def apart(count: int, records: int) -> Tensor:
+    """Return `count` rising levels around the middle, one record of so many apart, [count].
+
+    Bins that hold several records each read nobody. A layer too narrow for a cohort reads more of
+    a part of it than of the whole.
+    """
+    if records <= count:
+        return middles(count)
+    return 0.5 + (torch.arange(count) - (count - 1) / 2) / records
+
+
 def cuts_at(levels: Tensor, line: Tensor, inputs: Tensor | None) -> Tensor:
     """Return the quantiles of line . x at these levels.
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     Batch = tuple[Tensor, Tensor]
 
+ROUNDING = 1e-5  # share of its parts that a sum must exceed to be more than their rounding
 ALIKE = 0.999  # cosine from which two neurons feed the next layer in the same pattern
 
 
@@ -60,9 +61,17 @@ def gradient_of(
     twin = loaded(model, state).train()
     records, labels = batch
     output, inputs = recorded_inputs(twin, records, layer)
-    parameters = dict(twin.named_parameters())
+    parameters = {
+        name: value
+        for name, value in twin.named_parameters(remove_duplicate=False)
+        if value.requires_grad
+    }
+    if f"{layer}.weight" not in parameters:
+        msg = f"layer {layer!r} is frozen, so no update of it leaves; name one that is trained"
+        raise MisuseError(msg)
     last = linear_layers(model, state)[-1]
-    below = [name for name in parameters if not name.startswith(f"{last}.")]
+    once = dict(twin.named_parameters())  # of several names of one weight the first
+    below = [name for name in parameters if name in once and not name.startswith(f"{last}.")]
     pieces = [
         loss_of(output[index : index + 1], labels[index : index + 1], records[index : index + 1])
         for index in range(len(records))
@@ -79,18 +88,30 @@ def gradient_of(
     return Gradient(values, _own(inputs.detach()), torch.stack(norms), alike)
 
 
-def rows_read(model: nn.Module, state: Mapping[str, Tensor], gradient: Gradient, layer: str) -> int:
+def rows_read(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    gradient: Gradient,
+    layer: str,
+    secret: Tensor | None = None,
+) -> int:
     """Return how many of the rows that reached `layer` the attacker reads from the gradient."""
-    return count_read(viewed(model, state, gradient.values, layer), gradient.inputs)
+    return count_read(viewed(model, state, gradient.values, layer), gradient.inputs, secret)
 
 
-def guesses(seen: LayerView) -> Tensor:
+def guesses(seen: LayerView, secret: Tensor | None = None) -> Tensor:
     """Return the attacker's guesses: those for the whole layer, and for each group of its neurons.
 
     The attacker knows which neurons it gave to which output; those with the same pattern of
     columns behind them are read among themselves.
+
+    Args:
+        seen: the attacked layer.
+        secret: [directions, neurons], the mixtures of neurons that a hidden attack reads besides.
     """
     parts = [guess_rows(seen, UNTREATED)]
+    if secret is not None:
+        parts.append(_mixed(seen, secret.double()))
     for group in _groups(seen.sent_next):
         lead = int(seen.sent_next[:, group].abs().sum(1).argmax())
         parts.append(
@@ -108,6 +129,13 @@ def guesses(seen: LayerView) -> Tensor:
             )
         )
     return torch.cat(parts)
+
+
+def _mixed(seen: LayerView, secret: Tensor) -> Tensor:
+    """Return the read-outs of mixtures of neurons whose divisor is more than rounding."""
+    divisors = secret @ seen.bias
+    chosen = divisors.abs() > ROUNDING * (secret.abs() @ seen.bias.abs())
+    return (secret @ seen.weight)[chosen] / divisors[chosen, None]
 
 
 def _groups(columns: Tensor) -> list[Tensor]:
@@ -155,11 +183,11 @@ def _last_viewed(sent: State, received: State, layer: str) -> LayerView:
     )
 
 
-def count_read(seen: LayerView, rows: Tensor) -> int:
-    """Count the rows that a guess comes to within 1 % of."""
+def count_read(seen: LayerView, rows: Tensor, secret: Tensor | None = None) -> int:
+    """Count the rows that a guess comes to within 1 % of; `secret` as for `guesses`."""
     if len(rows) == 0 or not seen.weight.any():
         return 0
-    return int((nearest(guesses(seen), rows) < EXACT).sum())
+    return int((nearest(guesses(seen, secret), rows) < EXACT).sum())
 
 
 def _own(rows: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 
 from sentinel.errors import MisuseError
 from sentinel.stress.layers import State, attacked_pair, copied, layer_inputs
+from sentinel.stress.servers.fit import fitted
 from sentinel.stress.servers.rows import PLAIN, Stealth, crafted_rows, jittered_rows, row_scales
 
 if TYPE_CHECKING:
@@ -16,9 +17,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-SHRINKS = (0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 1.0, 1.01, 1.02, 1.05, 1.1)  # tried
+SHRINKS = tuple(step / 100 for step in range(50, 151))  # tried on each row
 
 
+@fitted
 def trap_weights(  # noqa: PLR0913 - each is one free choice of the attacker, by keyword
     model: nn.Module,
     state: Mapping[str, Tensor],
@@ -32,6 +34,9 @@ def trap_weights(  # noqa: PLR0913 - each is one free choice of the attacker, by
 ) -> State:
     """Make the negative half of each row outweigh the positive, so that few records fire it.
 
+    Works on inputs of one sign, as pixels and what a ReLU lets through. Around zero, as
+    standardised columns are, a row without a bias fires for half of the records whatever its shape.
+
     Args:
         model: the architecture, with a ReLU behind the attacked layer.
         state: an honest global state.
@@ -40,8 +45,8 @@ def trap_weights(  # noqa: PLR0913 - each is one free choice of the attacker, by
         shrink: size of the positive half by that of the negative one, 0.95 as published; not
             used with a sample.
         stealth: `rows`, `scale` and `jitter` apply; the rows have no order and no sign to hide.
-        sample: [n, ...] records that the shrinking is tuned to, so that as many of a batch as can
-            be have a neuron of their own; the published attack tunes it to its data set as well.
+        sample: [n, ...] records that each row's own shrinking is tuned to, so that it fires for
+            one record of a batch; the published attack tunes one for all rows, to its data set.
         batch: records per batch, for that.
 
     Returns:
@@ -58,15 +63,17 @@ def trap_weights(  # noqa: PLR0913 - each is one free choice of the attacker, by
     weight, bias = crafted[f"{first}.weight"], crafted[f"{first}.bias"]
     rows = crafted_rows(len(bias), stealth, generator)
     traps = torch.stack([_trap_row(weight.shape[1], generator) for _ in rows])
+    shrinks = torch.full((len(rows),), shrink)
     if sample is not None:
-        shrink = _tuned(traps, layer_inputs(model, state, sample, first), batch)
-    traps = torch.where(traps > 0, shrink * traps, traps)
+        shrinks = _tuned(traps, layer_inputs(model, state, sample, first), batch)
+    traps = torch.where(traps > 0, shrinks[:, None] * traps, traps)
     traps = jittered_rows(traps, stealth.jitter, generator)
     weight[rows] = (traps * row_scales(len(rows), stealth.scale, generator)[:, None]).to(weight)
     bias[rows] = 0.0
     return crafted
 
 
+@fitted
 def qbi(  # noqa: PLR0913 - each is one free choice of the attacker, by keyword
     model: nn.Module,
     state: Mapping[str, Tensor],
@@ -112,19 +119,16 @@ def qbi(  # noqa: PLR0913 - each is one free choice of the attacker, by keyword
     return crafted
 
 
-def _tuned(traps: Tensor, inputs: Tensor, batch: int) -> float:
-    """Return the factor on the positive halves that gives most records a neuron of their own."""
-    wide = inputs[: len(inputs) // batch * batch].float().cpu()
-    if len(wide) == 0:
+def _tuned(traps: Tensor, inputs: Tensor, batch: int) -> Tensor:
+    """Return each row's factor on its positive half: the one nearest to one record of a batch."""
+    if len(inputs) < batch:
         msg = f"the sample must reach the layer as at least one batch of {batch} rows"
         raise MisuseError(msg)
+    wide = inputs.float().cpu()
     against, towards = -(wide @ traps.clamp(max=0).T), wide @ traps.clamp(min=0).T
-    alone = []
-    for shrink in SHRINKS:
-        fires = (shrink * towards > against).view(-1, batch, len(traps))
-        single = fires.sum(1, keepdim=True) == 1
-        alone.append(int((fires & single).any(2).sum()))
-    return SHRINKS[max(range(len(SHRINKS)), key=alone.__getitem__)]
+    shares = [(shrink * towards > against).float().mean(0) for shrink in SHRINKS]
+    nearest = (torch.stack(shares) - 1.0 / batch).abs().argmin(0)
+    return torch.tensor(SHRINKS)[nearest]
 
 
 def _trap_row(width: int, generator: torch.Generator) -> Tensor:

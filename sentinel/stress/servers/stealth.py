@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sentinel.stress.layers import State, attacked_pair, copied
+from sentinel.stress.servers.fit import fitted
 from sentinel.stress.servers.rows import jittered_rows, row_scales
 
 if TYPE_CHECKING:
@@ -137,6 +138,7 @@ WRAPPERS: dict[str, Callable[[Craft], Craft]] = {
 def _wrapped(craft: Craft, bend: Bend) -> Craft:
     """Return a craft that bends what `craft` returns once more."""
 
+    @fitted
     def hidden(
         model: nn.Module, state: Mapping[str, Tensor], *, generator: torch.Generator
     ) -> State:

@@ -16,6 +16,7 @@ from sentinel.stress.layers import (
     last_norm,
     linear_layers,
 )
+from sentinel.stress.servers.fit import fitted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+@fitted
 def suppression(  # noqa: PLR0913 - each is one free choice of the attacker, by keyword
     model: nn.Module,
     state: Mapping[str, Tensor],

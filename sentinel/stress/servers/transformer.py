@@ -15,6 +15,7 @@ from sentinel.stress.layers import (
     copied,
     layer_inputs,
 )
+from sentinel.stress.servers.fit import fitted
 from sentinel.stress.servers.lines import Direction, cuts_at, line_of, middles
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 STEEP = 1000.0  # rows this long make a GELU a ReLU for all but the tokens next to a cut
 
 
+@fitted
 def transparent_attention(
     model: nn.Module,
     state: Mapping[str, Tensor],
@@ -61,6 +63,7 @@ def transparent_attention(
     return crafted
 
 
+@fitted
 def token_bins(  # noqa: PLR0913 - each is one free choice of the attacker, by keyword
     model: nn.Module,
     state: Mapping[str, Tensor],

@@ -7,10 +7,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - the name that PyTorch's users know
 
+from sentinel.demo import cohorts
+from sentinel.demo.hearts import network
+from sentinel.demo.hospitals import Loop, Site
 from sentinel.errors import MisuseError
 from sentinel.stress import nets, servers
+from sentinel.stress.passive.tabular import EXACT, nearest, view
 from sentinel.stress.servers import Direction, Stealth, measure
-from sentinel.stress.servers.raw import gradient_of
+from sentinel.stress.servers.raw import gradient_of, guesses
 
 SAMPLE = torch.randn(40, 13, generator=torch.Generator().manual_seed(3))
 
@@ -49,6 +53,37 @@ def test_binning_puts_its_cuts_at_quantiles_of_the_sample_it_is_given() -> None:
         fired.append(active.float().mean(0))
     assert int(((fired[0] > 0.05) & (fired[0] < 0.95)).sum()) < 16
     assert torch.allclose(fired[1], 1 - (torch.arange(64) + 0.5) / 64, atol=0.1)
+
+
+def test_a_narrow_layer_reads_more_of_a_cohort_by_scanning_a_part_of_it() -> None:
+    """212 patients, two epochs, 64 neurons: 4 to 6 rows in the reference; 16.0 measured so."""
+    public = cohorts.load("hungarian").rows
+    exact = {0: 0, 212: 0}
+    for seed in range(5):
+        parts = cohorts.split(cohorts.load("cleveland"), 0.7, seeded(seed))
+        site = Site("cleveland", *parts, Loop(epochs=2, batch=32, rate=0.02))
+        model = network(13, 64, seeded(seed))
+        state = servers.copied(model.state_dict())
+        for records in exact:
+            sent = servers.binning(
+                model,
+                state,
+                generator=seeded(seed),
+                scale=0.01,
+                sample=public,
+                records=records,
+            )
+            model.load_state_dict(sent)
+            site.fit(model, seeded(seed))
+            wide, local = (
+                {name: value.double() for name, value in one.items()}
+                for one in (sent, model.state_dict())
+            )
+            seen = guesses(view(wide, local, "0", "2"))
+            exact[records] += int((nearest(seen, site.train.rows) < EXACT).sum())
+    assert len(site.train.rows) == 212
+    assert exact[212] / 5 >= 10
+    assert exact[212] > 3 * exact[0]
 
 
 def test_binning_reaches_a_named_layer_behind_convolutions() -> None:

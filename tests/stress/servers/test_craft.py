@@ -39,7 +39,7 @@ def setting(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, C
     if isinstance(model, nn.Sequential) and isinstance(model[0], nn.Linear):
         sample = sample.flatten(1)
     craft = recipe.craft(Public(sample, torch.arange(40) % 3, 8))
-    if recipe.family == "F":
+    if recipe.name.startswith("learned"):
         craft = functools.partial(craft, steps=3)
     return model, WRAPPERS[wrapper](craft) if wrapper else craft
 

@@ -13,6 +13,7 @@ from torch import nn
 from sentinel.errors import MisuseError
 from sentinel.stress import nets, servers
 from sentinel.stress.servers import FedAvgServer, MaliciousServer
+from sentinel.stress.servers.raw import gradient_of
 
 if TYPE_CHECKING:
     from sentinel.stress.layers import State
@@ -110,6 +111,43 @@ def test_a_scan_sends_its_parts_in_turn_from_the_same_model() -> None:
     assert not same(sent[0], sent[1])
     assert not same(sent[1], sent[2])
     assert same(sent[0], sent[3])
+
+
+def test_a_search_is_told_what_the_client_sent_back_and_only_of_its_own_rounds() -> None:
+    model = mlp()
+    start = servers.copied(model.state_dict())
+    rows, labels = torch.randn(24, 13, generator=seeded(2)), torch.arange(24) % 2
+    search = servers.Search(sample=torch.randn(500, 13, generator=seeded(3)))
+    assert isinstance(search, servers.Learner)
+    evil = MaliciousServer(
+        start,
+        model,
+        servers.honest,
+        turns_at=1,
+        every=2,
+        generator=seeded(),
+        clients={"target": search},
+    )
+    sent, left = [], []
+    for number in (1, 2, 3):
+        received = evil.global_state(number, "target")
+        evil.global_state(number, "other")
+        sent.append(received)
+        values = gradient_of(model, received, (rows, labels), "0").values
+        local = {name: value - values[name] for name, value in received.items()}
+        evil.aggregate(number, {"target": local, "other": start}, {"target": 1.0, "other": 1.0})
+        left.append(search.open)
+    assert left[0] > left[2]
+    assert left[1] == left[0]
+    assert not same(sent[0], sent[2])
+
+
+def test_one_round_in_fifty_is_the_only_one_that_is_crafted() -> None:
+    model = mlp()
+    start = servers.copied(model.state_dict())
+    evil = MaliciousServer(start, model, servers.qbi, turns_at=7, every=50, generator=seeded())
+    crafted = [number for number in range(150) if not same(evil.global_state(number), start)]
+    assert crafted == [7, 57, 107]
 
 
 def test_a_server_without_a_craft_or_with_a_bad_pace_is_refused() -> None:

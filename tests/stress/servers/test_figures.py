@@ -36,6 +36,7 @@ REFERENCE = {
     "trap-weights": 0.31,
     "qbi": 0.78,
 }
+MORE = {"trap-weights": 0.7}  # where every row is tuned on its own: .82 to .9 measured
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +65,11 @@ def setting(seed: int, steps: int) -> tuple[nn.Module, State, Public, Batches, B
 
 def reads(model: nn.Module, state: State, batches: Batches) -> float:
     """Share of the rows that reach the first dense layer which one raw gradient each gives away."""
+    return read_with(model, state, batches, None)
+
+
+def read_with(model: nn.Module, state: State, batches: Batches, secret: Tensor | None) -> float:
+    """The same, for a server that reads by a secret."""
     read = rows = 0
     for records, labels in batches:
         twin = loaded(model, state)
@@ -71,7 +77,7 @@ def reads(model: nn.Module, state: State, batches: Batches) -> float:
         loss = nn.functional.cross_entropy(output, labels)
         names = dict(twin.named_parameters())
         values = dict(zip(names, torch.autograd.grad(loss, list(names.values())), strict=True))
-        read += count_read(viewed(model, state, values, "7"), inputs.detach())
+        read += count_read(viewed(model, state, values, "7"), inputs.detach(), secret)
         rows += len(inputs)
     return read / rows
 
@@ -104,7 +110,7 @@ def test_an_honest_lenet_at_init_gives_away_the_reference_share(
 
 @pytest.mark.parametrize("craft", REFERENCE)
 def test_each_family_reads_the_reference_share_of_a_batch_of_32(craft: str) -> None:
-    assert pooled(craft) >= REFERENCE[craft]
+    assert pooled(craft) >= MORE.get(craft, REFERENCE[craft])
 
 
 @pytest.mark.parametrize(
@@ -134,6 +140,28 @@ def test_fishing_for_a_class_reduces_a_batch_of_32_to_the_one_record_of_it() -> 
     assert leak.alike == pytest.approx(1.0, abs=1e-4)
     assert leak.honest_effective > 25
     assert leak.read == 1  # the .03 of the reference
+
+
+@pytest.mark.parametrize("steps", [0, pytest.param(200, marks=pytest.mark.slow)])
+def test_a_secret_decoder_reads_batches_in_which_the_honest_model_hides_most(steps: int) -> None:
+    """Measured: .63, .40 and .20 of 32, 64 and 128 records; the honest model gives .28, .09, .05.
+
+    Trained, .71, .43 and .27 beside .32, .21 and .08. Who lacks the secret reads less of the
+    crafted model than of the honest one, and the model answers as before.
+    """
+    model, state, public, _, _ = setting(1, steps)
+    task = Task(LENET, seeded(11))  # the same patterns
+    task.draw(2000)  # and none of the public records
+    secret = servers.seer_secret(256, seeded(3))
+    sent = servers.seer(
+        model, state, generator=seeded(4), sample=public.sample, batch=64, secret=secret
+    )
+    batches = [task.draw(64) for _ in range(2)]
+    assert read_with(model, sent, batches, secret) >= 0.3
+    assert reads(model, sent, batches) < 0.6 * reads(model, state, batches)
+    images, _ = task.draw(500)
+    answers = [loaded(model, one).eval()(images).argmax(1) for one in (sent, state)]
+    assert (answers[0] == answers[1]).float().mean() > 0.95
 
 
 @pytest.mark.parametrize(("hidden", "expected"), [(64, 0.37), (256, 0.73)])

@@ -32,7 +32,11 @@ def leak(read: int, honest: int, effective: float = 8.0) -> Leak:
 @pytest.mark.parametrize(
     ("found", "verdict"),
     [
-        (leak(10, 50), "reads"),  # a tenth of the records is enough
+        (leak(60, 50), "reads"),  # a tenth of the records beyond the honest model's is enough
+        (leak(59, 50), "nothing"),
+        (leak(10, 50), "nothing"),  # what the honest model gives away is nobody's attack
+        (leak(100, 95), "nothing"),  # nor is a batch that is read whole in any case
+        (leak(100, 90), "reads"),
         (leak(9, 5), "nothing"),
         (leak(8, 4), "reads"),  # so is twice what the honest model gives
         (leak(2, 0), "reads"),
@@ -43,7 +47,7 @@ def leak(read: int, honest: int, effective: float = 8.0) -> Leak:
         (leak(0, 0, 0.0), "nothing"),  # no gradient at all gives nobody away
     ],
 )
-def test_an_attack_reads_a_tenth_or_twice_the_honest_share_or_halves_the_batch(
+def test_an_attack_reads_a_tenth_more_or_twice_the_honest_share_or_halves_the_batch(
     found: Leak, verdict: str
 ) -> None:
     assert found.verdict == verdict
@@ -66,6 +70,25 @@ def test_a_batch_of_one_is_read_whole_and_its_gradient_is_one_record_s() -> None
     assert found.share == 1.0
     assert found.effective == pytest.approx(1.0)
     assert found.largest == found.alike == pytest.approx(1.0)
+
+
+def test_nobody_beats_the_honest_model_at_a_batch_of_one() -> None:
+    model = mlp(13, 64, 1)
+    state = servers.copied(model.state_dict())
+    sent = servers.qbi(model, state, generator=seeded())
+    found = measure(model, state, sent, [batch(1, seed) for seed in range(20)])
+    assert found.honest_share == 1.0
+    assert not found.reads
+
+
+def test_a_layer_that_is_not_trained_cannot_be_measured() -> None:
+    model = mlp(13, 64, 1)
+    state = servers.copied(model.state_dict())
+    model.get_submodule("0").requires_grad_(requires_grad=False)
+    with pytest.raises(MisuseError, match="layer '0' is frozen"):
+        measure(model, state, state, [batch(8)])
+    found = measure(model, state, state, [batch(8)], layer="2")
+    assert found.rows == 8
 
 
 def test_a_dead_model_leaks_nothing_and_is_no_attack() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,6 +13,7 @@ from sentinel.errors import MisuseError
 from sentinel.stress import nets, servers
 from sentinel.stress.corpus import Net, Task
 from sentinel.stress.servers import measure
+from sentinel.stress.servers.raw import gradient_of
 
 if TYPE_CHECKING:
     from sentinel.stress.layers import State
@@ -68,6 +70,54 @@ def test_trained_dominance_makes_the_gradient_that_of_few_records(told: bool) ->
     assert leak.honest_effective > 6
     assert leak.effective < (0.5 if told else 0.65) * leak.honest_effective
     assert leak.largest > 0.3
+
+
+def test_training_for_a_kind_of_patient_gives_those_the_gradient() -> None:
+    """One record in eight is of the kind; of the gradient's norm they get most."""
+    model, drawn = mlp(), task()
+    state = servers.copied(model.state_dict())
+    sample, labels = drawn.draw(800)
+    cut = sample.mean(1).quantile(0.875)
+    crafted = servers.learned_dominance(
+        model,
+        state,
+        generator=seeded(),
+        sample=sample,
+        labels=labels,
+        batch=64,
+        wanted=sample.mean(1) > cut,
+    )
+    rows, known = drawn.draw(200)
+    shares = []
+    for sent in (state, crafted):
+        norms = gradient_of(model, sent, (rows, known), "0").norms
+        shares.append(float(norms[rows.mean(1) > cut].sum() / norms.sum()))
+    assert shares[0] < 0.25
+    assert shares[1] > 2 * shares[0]
+
+
+@pytest.mark.parametrize("every", [True, False])
+def test_a_kind_that_is_all_or_none_is_refused(every: bool) -> None:  # noqa: FBT001 - a parameter
+    model = mlp()
+    with pytest.raises(MisuseError, match="to be of the kind, and some not"):
+        servers.learned_dominance(
+            model,
+            model.state_dict(),
+            generator=seeded(),
+            sample=torch.rand(20, 13),
+            wanted=torch.full((20,), every),
+        )
+
+
+@pytest.mark.parametrize("craft", [servers.learned_neurons, servers.learned_dominance])
+def test_training_in_half_precision_stays_finite(craft: servers.Craft) -> None:
+    model = mlp().half()
+    sample = torch.randn(40, 13, generator=seeded(3)).half()
+    made = functools.partial(craft, sample=sample, batch=8, steps=20)
+    sent = made(model, servers.copied(model.state_dict()), generator=seeded())
+    assert all(value.dtype == torch.float16 for value in sent.values())
+    assert all(value.isfinite().all() for value in sent.values())
+    assert any(not value.equal(model.state_dict()[name]) for name, value in sent.items())
 
 
 def test_statistics_of_normalisation_stay_the_honest_ones() -> None:

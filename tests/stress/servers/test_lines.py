@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sentinel.stress.servers.lines import Direction, cuts_at, line_of, middles
+from sentinel.stress.servers.lines import Direction, apart, cuts_at, line_of, middles
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -26,3 +26,10 @@ def test_cuts_split_a_sample_evenly_and_without_one_a_standard_normal() -> None:
     for inputs in (rows, None):
         passed = (rows @ line > cuts_at(middles(10), line, inputs)[:, None]).float().mean(1)
         assert torch.allclose(passed, 1 - middles(10), atol=0.02)
+
+
+def test_levels_for_a_cohort_lie_one_record_apart_around_the_middle() -> None:
+    levels = apart(10, 200)
+    assert torch.allclose(levels.diff(), torch.full((9,), 1 / 200), atol=1e-6)
+    assert float(levels.mean()) == pytest.approx(0.5)
+    assert torch.equal(apart(10, 10), middles(10))

@@ -41,6 +41,33 @@ def test_a_smaller_positive_half_fires_for_fewer_records() -> None:
     assert fired[0] > fired[1] > fired[2]
 
 
+def test_trap_weights_with_a_sample_fire_for_about_one_record_of_a_batch_each() -> None:
+    model = mlp(200, 100, 1)
+    rows = torch.rand(3000, 200, generator=seeded(1))
+    sent = servers.trap_weights(
+        model, model.state_dict(), generator=seeded(), sample=rows[:2000], batch=16
+    )
+    fired = 16 * (rows[2000:] @ sent["0.weight"].T > 0).float().mean(0)
+    assert fired.mean() == pytest.approx(1.0, rel=0.2)
+    assert fired.min() > 0.2
+    assert fired.max() < 3
+    with pytest.raises(MisuseError, match="at least one batch of 16 rows"):
+        servers.trap_weights(
+            model, model.state_dict(), generator=seeded(), sample=rows[:15], batch=16
+        )
+
+
+def test_on_columns_around_zero_no_shape_of_a_row_makes_it_fire_for_few() -> None:
+    """Without a bias the plane passes through the middle of the records: why traps fail there."""
+    model = mlp(50, 200, 1)
+    rows = torch.randn(2000, 50, generator=seeded(1))
+    sent = servers.trap_weights(
+        model, model.state_dict(), generator=seeded(), sample=rows, batch=16
+    )
+    fired = (rows @ sent["0.weight"].T > 0).float().mean(0)
+    assert fired.min() > 0.4
+
+
 @pytest.mark.parametrize("batch", [8, 64])
 def test_qbi_rows_fire_for_about_one_record_of_a_batch(batch: int) -> None:
     model = mlp(50, 500, 1)
