@@ -82,6 +82,9 @@ bench-attacks: $(READY)  ## what each attacker reads, over nets, noise and polic
 	$(BIN)/python tests/benchmarks/image_attacks.py noise
 	$(BIN)/python tests/benchmarks/tabular_attacks.py
 	$(BIN)/python tests/benchmarks/membership.py --data hearts --tables all
+	$(BIN)/python tests/benchmarks/published_claims.py
+	$(BIN)/python tests/benchmarks/policies.py
+	$(BIN)/python tests/benchmarks/policies.py --data xrays
 
 conformance: peers  ## measure the odd inputs on every contestant and write docs/conformance.md
 	.venv-bench/bin/python tests/conformance/table.py

@@ -1,6 +1,7 @@
 """Who and what a server tells from updates, raw and as a guard leaves them.
 
     python tests/benchmarks/membership.py [--data hearts xrays] [--xrays FILE] [--policy P]
+                                           [--knobs RATIO:NORM] [--share SHARE] [--splits N]
 
 Three tables, in Markdown; every update of a policy went through a guard of its own hospital:
 
@@ -8,11 +9,12 @@ Three tables, in Markdown; every update of a policy went through a guard of its 
 - membership of planted records, outlying and mislabelled: the control of the attacks' strength;
 - properties of a hospital's patients, told from a single update (hearts alone).
 
-Half of the candidates are members, drawn anew by hospital and class in each split. A threshold is
-chosen on other records than it is judged on, and the interval is Student's t over splits, 95 % two-
-sided: see `sentinel.stress.inference.null`. "Utility lost" is raw less policy on records outside
-training, paired by split. FILE is MedMNIST's pneumoniamnist.npz or a file with its arrays; without
-it there are only the 542 pictures of the demo.
+Half of the candidates (or `--share`) are members, drawn anew by hospital and class in each split. A
+threshold is chosen on other records than it is judged on, and the interval is Student's t over
+splits, 95 % two-sided: see `sentinel.stress.inference.null`. "Utility lost" is raw less policy on
+records outside training, paired by split. Under a promise: `private_membership.py`. FILE is
+MedMNIST's pneumoniamnist.npz or a file with its arrays; without it there are only the 542 pictures
+of the demo.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from sentinel.crew import one_thread
 from sentinel.demo import cohorts, xray_data
 from sentinel.demo.hearts import auc, network
 from sentinel.demo.xray_hospital import initialise, xray_net
+from sentinel.policy import LoadedPolicy, load_policy
 from sentinel.stress.inference import property as group_property
 from sentinel.stress.inference.federation import Doors, Site, Watched, federate
 from sentinel.stress.inference.loop import Loop
@@ -47,11 +50,12 @@ from sentinel.stress.inference.membership import (
 )
 from sentinel.stress.inference.null import Pool, measure, over_splits
 from sentinel.stress.inference.planted import mislabelled, outlying
+from sentinel.stress.lab.knobs import Knob, Turned, turned
 from sentinel.stress.layers import State, copied
 from sentinel.stress.records import Records
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from sentinel.stress.inference.property import Cohorts
 
@@ -95,20 +99,20 @@ def seeded(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed % 2**62)
 
 
-def halved(labels: Tensor, generator: torch.Generator) -> Tensor:
-    """Who is a member: half of each class."""
+def drawn(labels: Tensor, generator: torch.Generator, share: float = 0.5) -> Tensor:
+    """Who is a member: a share of each class."""
     members = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         chosen = torch.nonzero(labels == label)[:, 0]
         chosen = chosen[torch.randperm(len(chosen), generator=generator)]
-        members[chosen[: round(len(chosen) / 2)]] = True
+        members[chosen[: round(len(chosen) * share)]] = True
     return members
 
 
 # The data.
 
 
-def hearts(hidden: int) -> Callable[[int], Split]:
+def hearts(hidden: int, share: float) -> Callable[[int], Split]:
     """Four hospitals, and a perceptron."""
 
     def loss(answers: Tensor, labels: Tensor) -> Tensor:
@@ -118,7 +122,7 @@ def hearts(hidden: int) -> Callable[[int], Split]:
         generator, sites, records, first = seeded(number), {}, {}, 0
         for name in cohorts.SITES:
             cohort = cohorts.load(name)
-            members = halved(cohort.labels, generator)
+            members = drawn(cohort.labels, generator, share)
             sites[name] = Site(Records(cohort.rows, cohort.labels), members)
             records[name] = first + torch.arange(len(cohort))
             first += len(cohort)
@@ -157,14 +161,14 @@ def pictures(file: Path | None) -> Records:
     )
 
 
-def xrays(data: Records) -> Callable[[int], Split]:
+def xrays(data: Records, share: float) -> Callable[[int], Split]:
     """Four sites with pictures by chance, and a small CNN."""
 
     def draw(number: int) -> Split:
         generator, sites, records = seeded(number), {}, {}
         for place, chosen in enumerate(torch.randperm(len(data), generator=generator).chunk(4)):
             own = data.take(chosen)
-            sites[f"site-{place}"] = Site(own, halved(own.labels, generator))
+            sites[f"site-{place}"] = Site(own, drawn(own.labels, generator, share))
             records[f"site-{place}"] = chosen
         model = xray_net()
         initialise(model, generator)
@@ -272,7 +276,7 @@ class Ran:
     ceilings: Tensor  # of every candidate; none where updates are raw
 
 
-def run(case: Case, policy: str | None, *, planted: bool) -> Ran:
+def run(case: Case, policy: str | LoadedPolicy | None, *, planted: bool) -> Ran:
     """Federate, watch and attack."""
     parts: dict[str, list[dict[str, Tensor]]] = defaultdict(list)
     scores, withheld, most = [], 0, [torch.zeros(0, dtype=torch.float64)]
@@ -337,21 +341,27 @@ HEADER = (
 )
 
 
-def table(case: Case, policies: list[str], *, planted: bool) -> None:
-    """Raw, then each policy."""
+def table(case: Case, policies: Mapping[str, str | LoadedPolicy], *, planted: bool) -> None:
+    """Raw, then each policy by its label."""
     raw = run(case, None, planted=planted)
     print("\n".join(lines(case.name, "raw", raw, "-")), flush=True)
-    for policy in policies:
+    for label, policy in policies.items():
         ran = run(case, policy, planted=planted)
-        shown = "\n".join(lines(case.name, Path(policy).stem, ran, lost_between(raw, ran)))
-        print(shown, flush=True)
+        print("\n".join(lines(case.name, label, ran, lost_between(raw, ran))), flush=True)
         print(
-            f"\n{case.name}, {policy}: to first order no attack can pass {ran.ceilings.mean():.3f} "
+            f"\n{case.name}, {label}: to first order no attack can pass {ran.ceilings.mean():.3f} "
             f"on average, and {ran.ceilings.max():.3f} on any candidate.",
             flush=True,
         )
         if ran.withheld:
-            print(f"{case.name}, {policy}: {ran.withheld} updates withheld", flush=True)
+            print(f"{case.name}, {label}: {ran.withheld} updates withheld", flush=True)
+
+
+def with_knobs(policy: str, knobs: str) -> LoadedPolicy:
+    """A policy with another noise ratio and max_norm, given as "ratio:norm"."""
+    ratio, norm = map(float, knobs.split(":"))
+    noised = turned(load_policy(policy), Turned(Knob.NOISE_RATIO, ratio))
+    return turned(noised, Turned(Knob.MAX_NORM, norm))
 
 
 # Properties.
@@ -443,13 +453,13 @@ def property_table(case: Case, policies: list[str], splits: int, count: int) -> 
             )
 
 
-def cases(file: Path | None, hidden: int) -> dict[str, Case]:
+def cases(file: Path | None, hidden: int, share: float = 0.5) -> dict[str, Case]:
     """Both data sets."""
     return {
         "hearts": Case(
             name="hearts",
             policy="tabular-ehr",
-            draw=hearts(hidden),
+            draw=hearts(hidden, share),
             rounds=20,
             splits=6,
             attacker=Attacker(points=2, shadows=8),
@@ -460,11 +470,11 @@ def cases(file: Path | None, hidden: int) -> dict[str, Case]:
         "xrays": Case(
             name="X-rays",
             policy="chest-xray",
-            draw=xrays(pictures(file)),
+            draw=xrays(pictures(file), share),
             rounds=20,
             splits=4,
-            attacker=Attacker(points=1, shadows=4, rounds=8),
-            attacked=2,
+            attacker=Attacker(points=1, shadows=4, rounds=6),
+            attacked=1,
             planted_splits=3,
             score=xrays_score,
         ),
@@ -477,7 +487,9 @@ def main() -> None:
     parser.add_argument("--data", nargs="*", default=["hearts", "xrays"])
     parser.add_argument("--xrays", type=Path, help="pneumoniamnist.npz of MedMNIST")
     parser.add_argument("--policy", nargs="*", help="instead of the shipped one")
+    parser.add_argument("--knobs", nargs="*", help="its noise_ratio:max_norm instead, as 50:0.035")
     parser.add_argument("--hidden", type=int, default=256, help="neurons of the perceptron")
+    parser.add_argument("--share", type=float, default=0.5, help="of the candidates, members")
     parser.add_argument("--splits", type=int, help="of the first table")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--tables", nargs="*", default=["all", "planted", "property"])
@@ -486,19 +498,22 @@ def main() -> None:
     begin = time.perf_counter()
     with one_thread():
         for name in asked.data:
-            case = cases(asked.xrays, asked.hidden)[name]
+            case = cases(asked.xrays, asked.hidden, asked.share)[name]
             if asked.quick:
                 case = replace(case, splits=2, planted_splits=2, rounds=4)
             case = replace(
                 case, splits=asked.splits or case.splits, rounds=asked.rounds or case.rounds
             )
-            policies = asked.policy or [case.policy]
+            names = asked.policy or [case.policy]
+            policies: dict[str, str | LoadedPolicy] = {Path(one).stem: one for one in names}
+            if asked.knobs:
+                policies = {one: with_knobs(names[0], one) for one in asked.knobs}
             for kind in ("all", "planted"):
                 if kind in asked.tables:
                     print(f"\n{case.name}, {kind}, {case.rounds} rounds\n\n{HEADER}", flush=True)
                     table(case, policies, planted=kind == "planted")
             if name == "hearts" and "property" in asked.tables:
-                property_table(case, policies, *((2, 8) if asked.quick else (5, 40)))
+                property_table(case, names, *((2, 8) if asked.quick else (5, 40)))
             print(f"\n{time.perf_counter() - begin:.0f} s", flush=True)
 
 
