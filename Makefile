@@ -80,8 +80,11 @@ bench-utility: $(READY)  ## what a promise costs in AUC on two data sets, and wh
 bench-attacks: $(READY)  ## what each attacker reads, over nets, noise and policies (an hour or more)
 	$(BIN)/python tests/benchmarks/image_attacks.py nets
 	$(BIN)/python tests/benchmarks/image_attacks.py noise
+	$(BIN)/python tests/benchmarks/image_attacks.py floor
+	$(BIN)/python tests/benchmarks/image_attacks.py crafted
 	$(BIN)/python tests/benchmarks/tabular_attacks.py
 	$(BIN)/python tests/benchmarks/membership.py --data hearts --tables all
+	$(BIN)/python tests/benchmarks/private_membership.py
 	$(BIN)/python tests/benchmarks/published_claims.py
 	$(BIN)/python tests/benchmarks/policies.py
 	$(BIN)/python tests/benchmarks/policies.py --data xrays

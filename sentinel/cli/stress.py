@@ -25,6 +25,7 @@ from sentinel.errors import MisuseError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from sentinel.stress.lab.calibration import Calibrated
     from sentinel.stress.lab.result import Result
 
 app = typer.Typer(
@@ -35,6 +36,10 @@ app = typer.Typer(
 
 _DEMO_MINUTES, _MINUTES = 4.0, 10.0
 _CUT = " (the time was up before the search was through: a weaker one may do)"
+_LATE = (
+    "The time was up before any knobs were shown to reach the target; above is what was measured "
+    "last, and nothing was written. Give it more minutes with --budget."
+)
 _FILES = ("stress.json", "stress.html")
 # name, model, data, policy, share of the time that is left
 _DEMO = (
@@ -242,6 +247,8 @@ def _print(result: Result) -> None:
         say(f"  {row.item.attack:<12}{raw:<24}{words.figure(row.policy)}{partial}")
     say("In brackets: what knowing nothing gives; for membership, others called members.", "dim")
     say(words.verdict(result))
+    if result.blind:
+        say("The attacker of members could not see even a planted record: it says nothing here.")
     if (assurance := words.assurance(result)) is not None:
         say(assurance)
     if result.partial:
@@ -256,7 +263,10 @@ def calibrate_command(
     out: Annotated[Path, typer.Option(help="Policy file that is written; it must not exist.")],
     target: Annotated[
         str,
-        typer.Option(help="attack=gain that is allowed, with commas between; 'rows=0' for one."),
+        typer.Option(
+            help="attack=gain that is allowed, with commas between, such as 'rows=0.02': the upper "
+            "95 % bound of what it gets more than somebody who knows nothing."
+        ),
     ] = "",
     budget: Annotated[float, typer.Option(help="Minutes that it may take.")] = _MINUTES,
     seed: Annotated[int, typer.Option(help="Of the attacker.")] = 0,
@@ -265,15 +275,15 @@ def calibrate_command(
     """Find the weakest knobs that keep the attacks within a target, and write a policy file.
 
     Under a promise it is fitted to the loader's public records alone. Exit code 1 where no knobs
-    reach the target; nothing is written then.
+    were shown to reach the target, or not within the time; nothing is written then.
     """
     import torch
 
     from sentinel.policy import load_policy
-    from sentinel.stress.lab.calibration import DEFAULT_TARGETS, calibrate
+    from sentinel.stress.lab.calibration import calibrate
     from sentinel.stress.lab.loading import load_subject
 
-    targets = _targets(target) or DEFAULT_TARGETS
+    targets = _targets(target) or None
     _require_new(out)
     if not budget > 0.0:
         raise MisuseError("--budget must be a number of minutes above 0.")
@@ -285,26 +295,29 @@ def calibrate_command(
         progress("calibration") as on_step,
     ):
         found = calibrate(subject, loaded, targets, seconds=budget * 60, seed=seed, on_step=on_step)
-    lines = [one.words for one in found.evidence]
     if found.text is not None:
         _save(out, found.text)
+    _tell_calibrated(found, out, as_json=as_json)
+    if found.text is None:
+        raise typer.Exit(REFUSED)
+
+
+def _tell_calibrated(found: Calibrated, out: Path, *, as_json: bool) -> None:
+    lines, reached = [one.words for one in found.evidence], found.text is not None
     if as_json:
-        reached = found.text is not None
         knobs = {"keep": found.keep, "max_norm": found.max_norm}
         knobs |= {"noise_ratio": found.noise_ratio} if reached else {}
         told = {"reached": reached, "cut": found.cut, "tried": found.tried, "evidence": lines}
         print_json(told | knobs)
-    else:
-        for line in lines:
-            console().print(line, markup=False, soft_wrap=True)
-        said = (
-            f"noise_ratio {found.noise_ratio:g}, keep {found.keep:g}{_CUT * found.cut}: {out}"
-            if found.text is not None
-            else "No knobs that were tried reach the target; nothing was written."
-        )
-        console().print(said, markup=False, soft_wrap=True)
-    if found.text is None:
-        raise typer.Exit(REFUSED)
+        return
+    for line in lines:
+        console().print(line, markup=False, soft_wrap=True)
+    said = "No knobs that were tried reach the target; nothing was written."
+    if reached:
+        said = f"noise_ratio {found.noise_ratio:g}, keep {found.keep:g}{_CUT * found.cut}: {out}"
+    elif found.cut:
+        said = _LATE
+    console().print(said, markup=False, soft_wrap=True)
 
 
 def _require_new(out: Path) -> None:
@@ -332,7 +345,7 @@ def _targets(text: str) -> dict[str, float]:
         try:
             found[name.strip()] = float(gain)
         except ValueError:
-            raise MisuseError("--target must be attack=number, as in rows=0.") from None
+            raise MisuseError("--target must be attack=number, as in rows=0.02.") from None
         if not math.isfinite(found[name.strip()]):
-            raise MisuseError("--target must be a finite number, as in rows=0.")
+            raise MisuseError("--target must be a finite number, as in rows=0.02.")
     return found

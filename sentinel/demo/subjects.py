@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 
 HIDDEN = 256  # neurons of the attacked layer
 _STARTS = 0  # seed of both models' first weights
+_CATEGORIES = tuple(
+    at
+    for at, feature in enumerate(cohorts.FEATURES)
+    if feature.name in {"sex", "cp", "fbs", "restecg", "exang", "slope", "ca", "thal"}
+)
 _PUBLISHED = 40  # public X-rays of each class that train here, so that the parts are no smaller
 
 
@@ -27,7 +32,13 @@ def heart_net() -> nn.Sequential:
 def hearts() -> dict[str, Any]:
     """One hospital's patients; another hospital's are what the attacker knows beforehand."""
     own, other = cohorts.load("cleveland"), cohorts.load("hungarian")
-    return {"train": (own.rows, own.labels), "public": (other.rows, other.labels)}
+    sex = [feature.name for feature in cohorts.FEATURES].index("sex")
+    return {
+        "train": (own.rows, own.labels),
+        "public": (other.rows, other.labels),
+        "categorical": _CATEGORIES,
+        "property": {"train": own.rows[:, sex] > 0.0, "public": other.rows[:, sex] > 0.0},
+    }
 
 
 def xray_model() -> nn.Sequential:

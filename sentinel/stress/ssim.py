@@ -21,14 +21,15 @@ WINDOW = 11  # pixels on a side
 SPREAD = 1.5  # pixels, standard deviation of the window
 C1 = 0.01**2  # steadies the quotient of means
 C2 = 0.03**2  # steadies the quotient of variances
-_PICTURES = 4  # axes of [count, 1, height, width]
+_PICTURES = 4  # axes of [count, channels, height, width]
 
 
 def ssim(first: Tensor, second: Tensor) -> Tensor:
-    """Return the structural similarity of each pair of grey pictures.
+    """Return the structural similarity of each pair of pictures.
 
     Args:
-        first: [N, 1, H, W], floating, pixels from 0 to 1; H and W at least 11.
+        first: [N, C, H, W], floating, pixels from 0 to 1; H and W at least 11. Of several channels,
+            such as colours, each is compared by itself, and the mean is taken.
         second: the same shape; or N = 1 on either side, which is compared with all of the other.
 
     Returns:
@@ -59,13 +60,14 @@ def gaussian_window(size: int, spread: float) -> Tensor:
 
 def _local(pictures: Tensor, window: Tensor) -> Tensor:
     """Weighted mean under each window; the Gaussian separates into rows and columns."""
-    rows = F.conv2d(pictures, window[None, None, None, :])
-    return F.conv2d(rows, window[None, None, :, None])
+    rows = F.conv2d(pictures.flatten(0, 1)[:, None], window[None, None, None, :])
+    means = F.conv2d(rows, window[None, None, :, None])
+    return means.view(*pictures.shape[:2], *means.shape[2:])
 
 
 def _require_pictures(first: Tensor, second: Tensor) -> None:
-    if first.ndim != _PICTURES or second.ndim != _PICTURES or first.shape[1] != 1:
-        msg = "ssim compares grey pictures of shape [N, 1, H, W]"
+    if first.ndim != _PICTURES or second.ndim != _PICTURES:
+        msg = "ssim compares pictures of shape [N, channels, H, W]"
         raise MisuseError(msg)
     same = first.shape[1:] == second.shape[1:]
     paired = first.shape[0] == second.shape[0] or 1 in (first.shape[0], second.shape[0])

@@ -210,11 +210,19 @@ def test_calibrate_writes_a_policy_that_check_passes(site: Path, monkeypatch) ->
     assert "exists" in again.output
 
 
+def test_a_time_that_is_up_too_early_ends_with_one_and_writes_nothing(site: Path) -> None:
+    command = ["stress", "calibrate", *NAMES, *policy(site), "--target", "rows=1"]
+    result = runner.invoke(app, [*command, "--budget", "0.00001", "--out", "found.toml"])
+    assert result.exit_code == 1, result.output
+    assert "The time was up" in result.output
+    assert not (site / "found.toml").exists()
+
+
 def test_a_search_that_was_cut_short_says_that_a_weaker_ratio_may_do(site, monkeypatch) -> None:
     monkeypatch.setattr("sentinel.stress.lab.calibration.MOST_UPDATES", 1)
-    monkeypatch.setattr("sentinel.stress.lab.calibration.LOWEST", 1e-6)
-    command = ["stress", "calibrate", *NAMES, *policy(site), "--target", "rows=0"]
-    result = runner.invoke(app, [*command, "--budget", "0.00001", "--out", "found.toml"])
+    monkeypatch.setattr("sentinel.stress.lab.calibration.SEARCH_SHARE", 0.0)
+    command = ["stress", "calibrate", *NAMES, *policy(site), "--target", "rows=1"]
+    result = runner.invoke(app, [*command, "--out", "found.toml"])
     assert result.exit_code == 0, result.output
     assert "a weaker one may do" in result.output
     assert "a weaker one may do" in (site / "found.toml").read_text()
@@ -222,7 +230,11 @@ def test_a_search_that_was_cut_short_says_that_a_weaker_ratio_may_do(site, monke
 
 @pytest.mark.parametrize(
     ("target", "out", "expected"),
-    [("rows=nan", "found.toml", "finite number"), ("rows=0", "/proc/found.toml", "be written")],
+    [
+        ("rows=nan", "found.toml", "finite number"),
+        ("rows=0", "found.toml", "must be above 0"),
+        ("rows=0.1", "/proc/found.toml", "be written"),
+    ],
 )
 def test_calibrate_refuses_before_anything_runs(site, target, out, expected) -> None:
     command = ["stress", "calibrate", *NAMES, *policy(site), "--target", target, "--out", out]
@@ -234,7 +246,7 @@ def test_calibrate_refuses_before_anything_runs(site, target, out, expected) -> 
 @pytest.mark.slow
 def test_a_target_out_of_reach_ends_with_one_and_writes_nothing(site: Path, monkeypatch) -> None:
     monkeypatch.setattr("sentinel.stress.lab.calibration.MOST_UPDATES", 1)
-    command = ["stress", "calibrate", *NAMES, *policy(site), "--target", "rows=-2"]
+    command = ["stress", "calibrate", *NAMES, *policy(site), "--target", "rows=0.001"]
     result = runner.invoke(app, [*command, "--out", "found.toml", "--json"])
     assert result.exit_code == 1
     assert json.loads(result.stdout)["reached"] is False
@@ -258,16 +270,20 @@ def demo(folder: Path, *options: str) -> tuple[int, dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_a_minute_of_the_demo_shows_that_raw_updates_leak(tmp_path: Path) -> None:
+def test_a_minute_of_the_demo_shows_that_raw_updates_leak(tmp_path, monkeypatch) -> None:
+    """A minute of this process's own time: the machine may be busy."""
+    monkeypatch.setattr(time, "monotonic", time.process_time)
     demo(tmp_path, "--budget", "1", "--no-curves")
 
 
 @pytest.mark.soak
 def test_the_demo_does_what_it_planned_within_five_minutes(tmp_path: Path) -> None:
-    """On an idle machine of two cores."""
+    """On an idle machine of two cores. Whether a leak is seen is up to the guard's noise."""
     exit_code, found = demo(tmp_path)
-    assert exit_code == 0
+    assert exit_code == int(any(subject["leaks"] for subject in found["subjects"]))
     assert not found["partial"]
+    assert not any(subject["control_missed"] for subject in found["subjects"])
+    assert not [row for subject in found["subjects"] for row in subject["attacks"] if row["error"]]
     assert sum(subject["seconds"] for subject in found["subjects"]) < 290
 
 

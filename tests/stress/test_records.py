@@ -19,3 +19,10 @@ def test_others_come_after_them() -> None:
     assert len(both) == 5
     assert both.labels.tolist() == [0, 1, 2, 3, 1]
     assert both.inputs[4].tolist() == [2.0, 3.0]
+
+
+def test_flags_go_along_where_both_have_them() -> None:
+    flagged = Records(FOUR.inputs, FOUR.labels, torch.tensor([True, False, True, False]))
+    assert flagged.take(torch.tensor([3, 0])).flags.tolist() == [False, True]
+    assert flagged.plus(flagged).flags.tolist() == [True, False, True, False] * 2
+    assert flagged.plus(FOUR).flags is None

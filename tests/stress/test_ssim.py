@@ -85,13 +85,19 @@ def test_one_picture_is_compared_with_many() -> None:
     assert torch.allclose(ssim(one, many), ssim(one.expand(4, -1, -1, -1), many))
 
 
+def test_pictures_of_several_channels_are_as_alike_as_their_channels_in_the_mean() -> None:
+    first, second = pictures(3), pictures(3, seed=1)
+    apart = ssim(first, second).mean()
+    assert float(ssim(first.transpose(0, 1), second.transpose(0, 1))) == pytest.approx(float(apart))
+
+
 @pytest.mark.parametrize(
     ("first", "second"),
     [
         (torch.zeros(1, 1, 10, 10), torch.zeros(1, 1, 10, 10)),  # smaller than the window
         (torch.zeros(1, 1, 16, 14), torch.zeros(1, 1, 14, 16)),
         (torch.zeros(2, 1, 16, 14), torch.zeros(3, 1, 16, 14)),
-        (torch.zeros(1, 3, 16, 14), torch.zeros(1, 3, 16, 14)),  # colour
+        (torch.zeros(1, 3, 16, 14), torch.zeros(1, 1, 16, 14)),  # colour and grey
         (torch.zeros(16, 14), torch.zeros(16, 14)),
     ],
 )

@@ -48,6 +48,7 @@ _CROWD = 256  # of the server's own records, whose influences tell what a crowd'
 _REST = 0.03  # of that, in no direction of its own; tuned on raw updates of four hospitals
 _SHRINK = 0.2  # of a covariance over shadow trainings, towards its diagonal
 _LEAST_SHADOWS = 4  # fewer have no spread to speak of
+_MOST_LOSS = 1e30  # of a record under a model that diverged
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +156,8 @@ def membership(  # noqa: PLR0913 - each names one thing that the attacker has
         generator: of the attacker.
 
     Returns:
-        By name in ATTACKS, [n] float64 each; larger where a candidate looks more like a member.
-        Only comparable within one call.
+        By name in ATTACKS, [n] float64 each, finite; larger where a candidate looks more like a
+        member. Only comparable within one call.
 
     Raises:
         MisuseError: the site released nothing.
@@ -169,7 +170,8 @@ def membership(  # noqa: PLR0913 - each names one thing that the attacker has
         gather(loop, one, suspects, cohorts, attacker.points, generator)
         for one in attacker.chosen(seen)
     ]
-    return {"loss": -loop.losses(final, suspects.data), **judge(rounds, suspects.share)}
+    losses = _told(loop.losses(final, suspects.data))
+    return {"loss": -losses, **judge(rounds, suspects.share)}
 
 
 def gather(  # noqa: PLR0913, PLR0917 - as `membership`
@@ -190,15 +192,20 @@ def gather(  # noqa: PLR0913, PLR0917 - as `membership`
         points: of the replayed training in which gradients are taken.
         generator: of the attacker.
     """
-    data, replay = suspects.data, _replay(loop, seen, suspects, points, generator)
-    values, influences = replay.whitened(seen.values[seen.kept]), replay.influences
+    data = suspects.data
     own = [suspects.own.take(chosen) for chosen in cohorts]
-    shadows = replay.whitened(_updates(loop, seen, own, generator))
+    replay = _replay(loop, seen, suspects, points, generator)
+    updates = _updates(loop, seen, own, generator)
+    if replay is None or not _whole(updates) or not _whole(seen.values):
+        return _silent(loop, seen, suspects, len(cohorts))
+    values, influences = replay.whitened(seen.values[seen.kept]), replay.influences
+    shadows = replay.whitened(updates)
     calm = _crowd(loop, seen, suspects, replay, generator)
     lone = calm(influences)
+    before, after = _losses(loop, seen, data)
     return Evidence(
-        before=loop.losses(seen.sent, data),
-        after=loop.losses(loop.moved(seen.sent, seen.released), data),
+        before=before,
+        after=after,
         cosine=F.cosine_similarity(replay.gradients, seen.values[None, seen.kept]).double(),
         matches=(influences @ values).double(),
         gram=(influences @ influences.T).double(),
@@ -206,6 +213,42 @@ def gather(  # noqa: PLR0913, PLR0917 - as `membership`
         own=lone.square().sum(1).double(),
         shadows=(lone @ calm(shadows).T).double(),
     )
+
+
+def _silent(loop: Loop, seen: Observed, suspects: Suspects, shadows: int) -> Evidence:
+    """What a round says whose training diverges in the replay: nothing of influences."""
+    before, after = _losses(loop, seen, suspects.data)
+    count = len(suspects.data)
+    nothing = torch.zeros(count, dtype=torch.float64)
+    influences = loop.influences([seen.sent], suspects.data, suspects.cohort)[:, seen.kept]
+    values = seen.values[None, seen.kept].double().nan_to_num()
+    alike = F.cosine_similarity(influences.double().nan_to_num(), values)
+    return Evidence(
+        before=before,
+        after=after,
+        cosine=alike.nan_to_num(),
+        matches=nothing,
+        gram=nothing.expand(count, count),
+        lone=nothing,
+        own=nothing,
+        shadows=nothing[:, None].expand(count, shadows),
+    )
+
+
+def _losses(loop: Loop, seen: Observed, data: Records) -> tuple[Tensor, Tensor]:
+    """Of each record under the global model and under the released one, [n] float64 each."""
+    released = loop.moved(seen.sent, seen.released)
+    return _told(loop.losses(seen.sent, data)), _told(loop.losses(released, data))
+
+
+def _told(losses: Tensor) -> Tensor:
+    """Losses with the largest number in the place of none."""
+    return losses.nan_to_num(_MOST_LOSS, _MOST_LOSS).clamp_max(_MOST_LOSS)
+
+
+def _whole(values: Tensor) -> bool:
+    """Whether values, and inner products of them, are numbers."""
+    return bool(torch.isfinite(values.square().sum()))
 
 
 def _crowd(
@@ -272,14 +315,20 @@ class _Replay:
 
 def _replay(
     loop: Loop, seen: Observed, suspects: Suspects, points: int, generator: torch.Generator
-) -> _Replay:
-    """Train on halves of the candidates, and see what the sum of influences misses of it."""
+) -> _Replay | None:
+    """Train on halves of the candidates, and see what the sum of influences misses of it.
+
+    Returns:
+        None where training diverges.
+    """
     data, kept = suspects.data, seen.kept
     halves = [_half(suspects, generator) for _ in range(_REPLAYS)]
     path = loop.path(seen.sent, data.take(_half(suspects, generator)), generator)
     influences = loop.influences(midway(path, points), data, suspects.cohort)
     influences = influences[:, kept] * seen.factor[kept]
     updates = _updates(loop, seen, [data.take(half) for half in halves], generator)
+    if not (_whole(updates) and _whole(influences)):
+        return None
     missed = updates - torch.stack([influences[half].sum(0) for half in halves])
     bias = missed.mean(0)
     missed = missed - bias

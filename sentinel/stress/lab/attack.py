@@ -24,7 +24,10 @@ class Attack(Protocol):
         knows: what it is given beforehand, for a reader.
         worth: how much its answer matters; the plan begins with the largest.
         seconds: about how long one update takes, on one core.
-        wanted: records over which it should be measured, where time allows.
+        wanted: records over which it should be measured, where time allows; updates, where it asks
+            of a group.
+        of_groups: whether it asks what the records of a lopsided update have in common; it is then
+            tried on such updates alone.
     """
 
     name: str
@@ -33,6 +36,7 @@ class Attack(Protocol):
     worth: float
     seconds: float
     wanted: int
+    of_groups: bool
 
     def misfit(self, subject: Subject, setting: Setting) -> str | None:
         """Why it cannot be tried here, as a sentence for the report; None where it can."""

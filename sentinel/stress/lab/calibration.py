@@ -14,10 +14,11 @@ from sentinel.crew import one_thread
 from sentinel.errors import MisuseError
 from sentinel.stress.lab import servers
 from sentinel.stress.lab.attacks import ATTACKS
-from sentinel.stress.lab.deadline import Deadline
+from sentinel.stress.lab.deadline import Deadline, OutOfTimeError
 from sentinel.stress.lab.exchange import GuardedDoor, Site, norm_of
 from sentinel.stress.lab.home import scratch
 from sentinel.stress.lab.knobs import Knob, Turned, bare, fixed_knob, turned
+from sentinel.stress.lab.plan import LEAST_GROUP, most_lopsided
 from sentinel.stress.lab.policy_file import policy_toml
 from sentinel.stress.lab.servers import SERVERS
 from sentinel.stress.lab.setting import HONEST, Setting
@@ -28,18 +29,20 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sentinel.policy import LoadedPolicy
+    from sentinel.stress.lab.exchange import Update
     from sentinel.stress.lab.finding import Finding, Tally
     from sentinel.stress.lab.subject import Subject
 
-DEFAULT_TARGETS = {"rows": 0.0, "pictures": 0.02}
+# Those that fit the records; as large as what passes where the shipped policies are measured.
+DEFAULT_TARGETS = {"rows": 0.02, "pictures": 0.02, "words": 0.05, "genotypes": 0.02}
 LOWEST, HIGHEST = 0.1, 100.0  # noise ratios that are tried
 KEEPS = (1.0, 0.25)  # the weakest mask first
 STEPS = 6  # halvings of the logarithm of the ratio
 CLOSE = 1.1  # factor between two ratios that is close enough
-MOST_UPDATES = 24  # in one measurement
+MOST_UPDATES, MOST_RECORDS = 320, 2048  # in one measurement
+SEARCH_SHARE = 0.7  # of the time left; the rest is to confirm what was found
 NORMS = 9  # updates whose median norm becomes max_norm
 EPOCHS = 2
-WHOLE = 600.0  # seconds: an attack is not cut here, since a weak one would lower the noise
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +63,13 @@ class Measured:
 
     @property
     def reached(self) -> bool:
-        """Whether the gain was within the target."""
-        return self.tally.gain <= self.target
+        """Whether the gain's upper 95 % bound is within the target."""
+        return self.tally.interval().high <= self.target
+
+    @property
+    def settled(self) -> bool:
+        """Whether more records would hardly change that."""
+        return self.reached or self.tally.interval().low > self.target
 
     @property
     def words(self) -> str:
@@ -83,10 +91,11 @@ class Calibrated:
         noise_ratio: the weakest that did; NaN without.
         keep: the mask beside it.
         max_norm: the bound that was set.
-        evidence: what was measured at these knobs on records drawn anew; at the strictest knobs
-            that were tried where none reached the target.
+        evidence: what was measured at these knobs on records drawn anew; what was measured last
+            where none were shown to reach the target.
         tried: how many turns of the knobs were measured.
-        cut: whether the time was up before the search was through: a weaker ratio may do.
+        cut: whether the time was up before the search was through: a weaker ratio may do, or,
+            without a text, any.
     """
 
     text: str | None
@@ -101,7 +110,7 @@ class Calibrated:
 def calibrate(  # noqa: PLR0913 - each is one choice of the site
     subject: Subject,
     loaded: LoadedPolicy,
-    targets: dict[str, float],
+    targets: dict[str, float] | None,
     *,
     seconds: float,
     seed: int = 0,
@@ -112,18 +121,22 @@ def calibrate(  # noqa: PLR0913 - each is one choice of the site
     Args:
         subject: model and records. Under a promise its public records alone are used.
         loaded: the policy whose other parts are kept.
-        targets: name of an attack -> gain over knowing nothing that is allowed.
+        targets: name of an attack -> gain over knowing nothing that is allowed, above 0. Where left
+            out, DEFAULT_TARGETS of the attacks that fit.
         seconds: that it may take.
         seed: of attackers and draws.
         on_step: called with the steps done and the steps in all.
 
     Raises:
-        MisuseError: an unknown attack, none that fits, a policy without a norm, a promise per
-            patient or record, or a promise and no public records.
+        MisuseError: an unknown attack, one that does not fit, a target that nothing can show, a
+            policy without a norm, a promise per patient or record, or a promise and no public
+            records.
 
     Guarantees:
         Every measurement went through the guard, in a scratch folder. Under a promise no private
-        record is looked at. What is written was measured once more, on records drawn anew.
+        record is looked at. A policy is written only where, on records drawn anew, the upper 95 %
+        bound of every gain is within its target; where the time is up before that, none is. No
+        attack is begun after the time is up.
     """
     work = _Calibration(_allowed(subject, loaded), loaded, targets, Deadline.after(seconds), seed)
     work.on_step = on_step or (lambda _done, _total: None)
@@ -152,6 +165,10 @@ def _allowed(subject: Subject, loaded: LoadedPolicy) -> Subject:
     return replace(subject, train=first, held_out=second, public=None)
 
 
+class _TimeUpError(Exception):
+    """Raised where the time is up in the middle of a measurement: a part of one shows nothing."""
+
+
 class _Calibration:
     """One search under way."""
 
@@ -159,43 +176,42 @@ class _Calibration:
         self,
         subject: Subject,
         loaded: LoadedPolicy,
-        targets: dict[str, float],
+        targets: dict[str, float] | None,
         deadline: Deadline,
         seed: int,
     ) -> None:
         self.on_step: Callable[[int, int], None] = lambda _done, _total: None
         self._subject, self._loaded = subject, bare(loaded)
         self._whole, self._deadline, self._seed = loaded, deadline, seed
+        self._limit = deadline
         self._tried = 0
         self._cut = False
+        self._evidence: tuple[Measured, ...] = ()
+        self._updates: dict[tuple[str, Setting], int] = {}
         if why := fixed_knob(loaded, Knob.NOISE_RATIO):
             raise MisuseError(why)
         generator = torch.Generator().manual_seed(seed)
-        self._conditions = _conditions(subject, loaded, targets, generator)
-        self._targets = targets
+        self._targets = DEFAULT_TARGETS if targets is None else targets
+        self._conditions = _conditions(
+            subject, loaded, self._targets, generator, asked=targets is not None
+        )
 
     def run(self, home: Path) -> Calibrated:
         """Set the norm, bisect the noise, thin out where noise alone does not do, confirm."""
         norm = self._set_norm()
-        evidence: tuple[Measured, ...] = ()
-        ratio = HIGHEST
-        for keep in KEEPS:
-            found = self._weakest(keep, home)
-            ratio = found or HIGHEST
-            while found is not None:  # chance may have helped: confirm, or go up
-                self._seed += 1
-                evidence = self._measure(ratio, keep, home)
-                if all(one.reached for one in evidence):
-                    text = self._text(ratio, keep, evidence)
-                    return Calibrated(text, ratio, keep, norm, evidence, self._tried, self._cut)
-                if ratio >= HIGHEST or self._deadline.passed:
-                    break
-                ratio = min(HIGHEST, _rounded(ratio * 1.5))
-            if self._deadline.passed:
-                break
-        if not evidence:
-            evidence = self._measure(HIGHEST, KEEPS[-1], home)
-        return Calibrated(None, math.nan, KEEPS[-1], norm, evidence, self._tried)
+        try:
+            for keep in KEEPS:
+                found = self._weakest(keep, home)
+                ratio = None if found is None else self._confirmed(found, keep, home)
+                if ratio is not None:
+                    text = self._text(ratio, keep, self._evidence)
+                    return self._calibrated(text, ratio, keep, norm)
+        except _TimeUpError:
+            self._cut = True
+        return self._calibrated(None, math.nan, KEEPS[-1], norm)
+
+    def _calibrated(self, text: str | None, ratio: float, keep: float, norm: float) -> Calibrated:
+        return Calibrated(text, ratio, keep, norm, self._evidence, self._tried, self._cut)
 
     def _set_norm(self) -> float:
         """The median norm of updates of local epochs, so that the bound binds on every second."""
@@ -212,65 +228,118 @@ class _Calibration:
         return norm
 
     def _weakest(self, keep: float, home: Path) -> float | None:
-        """The least ratio that reached the target; None where the largest did not."""
-        if not self._reaches(HIGHEST, keep, home):
-            return None
+        """The least ratio that reached the target; None where the largest did not.
+
+        Where the time of the search is up, the least so far, for the rest of the time to confirm.
+        """
+        self._limit = self._deadline.share(SEARCH_SHARE)
         low, high = math.log(LOWEST), math.log(HIGHEST)
-        if self._reaches(LOWEST, keep, home):
-            return LOWEST
-        for _ in range(STEPS):
-            if high - low < math.log(CLOSE):
-                break
-            if self._deadline.passed:
-                self._cut = True
-                break
-            middle = (low + high) / 2
-            if self._reaches(math.exp(middle), keep, home):
-                high = middle
-            else:
-                low = middle
+        try:
+            if not self._reaches(HIGHEST, keep, home):
+                return None
+            if self._reaches(LOWEST, keep, home):
+                return LOWEST
+            for _ in range(STEPS):
+                if high - low < math.log(CLOSE):
+                    break
+                middle = (low + high) / 2
+                if self._reaches(math.exp(middle), keep, home):
+                    high = middle
+                else:
+                    low = middle
+        except _TimeUpError:
+            self._cut = True
         return _rounded(math.exp(high))
 
+    def _confirmed(self, ratio: float, keep: float, home: Path) -> float | None:
+        """That ratio or the next larger one that reaches the target on records drawn anew.
+
+        How many are drawn is settled before: stopping when the figures please would flatter them.
+        """
+        self._limit = self._deadline
+        while True:
+            self._seed += 1
+            self._measure(ratio, keep, home, dict(self._updates))
+            if all(one.reached for one in self._evidence):
+                return ratio
+            if ratio >= HIGHEST:
+                return None
+            ratio = min(HIGHEST, _rounded(ratio * 1.5))
+
     def _reaches(self, ratio: float, keep: float, home: Path) -> bool:
-        return all(one.reached for one in self._measure(ratio, keep, home, early=True))
+        self._measure(ratio, keep, home)
+        return all(one.reached for one in self._evidence)
 
     def _measure(
-        self, ratio: float, keep: float, home: Path, *, early: bool = False
-    ) -> tuple[Measured, ...]:
-        """Every attack under every condition; `early` ends with the first that is not reached."""
+        self,
+        ratio: float,
+        keep: float,
+        home: Path,
+        counts: dict[tuple[str, Setting], int] | None = None,
+    ) -> None:
+        """Every attack under every condition becomes the evidence.
+
+        Args:
+            ratio: of the noise.
+            keep: of the mask.
+            home: scratch folder.
+            counts: updates that each is measured on; where left out, as many as it takes to see
+                whether the target is reached, and no more after the first that is not.
+        """
         self._tried += 1
         self.on_step(min(self._tried, 2 * STEPS), 2 * STEPS)
         variant = turned(self._loaded, Turned(Knob.NOISE_RATIO, ratio))
         variant = turned(variant, Turned(Knob.KEEP, keep))
-        found = []
-        for number, (attack, setting) in enumerate(self._conditions):
+        found: list[Measured] = []
+        for number, condition in enumerate(self._conditions):
             door = GuardedDoor(variant, home / f"{self._tried}-{number}", alone=True)
-            tally = self._tally(attack, setting, door)
-            found.append(Measured(attack, setting, tally, self._targets[attack]))
-            if early and not found[-1].reached:
+            count = None if counts is None else counts.get(condition, MOST_UPDATES)
+            found.append(self._attacked(condition, door, count))
+            if counts is None and not found[-1].reached:
                 break
-        return tuple(found)
+        self._evidence = tuple(found)
 
-    def _tally(self, name: str, setting: Setting, door: GuardedDoor) -> Tally:
-        """The main measure over as many updates as the attack wants, the same for every turn."""
-        attack = ATTACKS[name]
+    def _attacked(
+        self, condition: tuple[str, Setting], door: GuardedDoor, count: int | None
+    ) -> Measured:
+        """The main measure, over the same records for every turn of the knobs."""
+        name, setting = condition
         site = Site(self._subject, torch.Generator().manual_seed(self._seed))
         attacker = torch.Generator().manual_seed(self._seed + 1)
-        count = min(MOST_UPDATES, max(1, math.ceil(attack.wanted / setting.records)))
+        least = math.ceil(ATTACKS[name].wanted / setting.records)
         pooled: Finding | None = None
-        for _ in range(count):
-            update = site.update(setting, SERVERS[setting.server])
-            back = door.send(update, site.model, setting.records)
-            if back.delta is None:
-                raise MisuseError(
-                    f"The policy keeps every update in ({back.reason}), so that there is nothing "
-                    "to calibrate."
-                )
-            case = site.case(update, back)
-            found = attack.run(case, update.behind, attacker, Deadline.after(WHOLE))
+        for number in range(1, (count or MOST_UPDATES) + 1):
+            found = self._once(
+                name, site.update(setting, SERVERS[setting.server]), site, door, attacker
+            )
             pooled = found if pooled is None else pooled + found
-        assert pooled is not None  # noqa: S101 - at least one update was attacked
-        return pooled.main
+            one = Measured(name, setting, pooled.main, self._targets[name])
+            enough = len(one.tally.values) >= MOST_RECORDS or (number >= least and one.settled)
+            if count is None and enough:
+                break
+        if count is None and one.reached:
+            self._updates[condition] = max(number, self._updates.get(condition, 0))
+        return one
+
+    def _once(
+        self, name: str, update: Update, site: Site, door: GuardedDoor, attacker: torch.Generator
+    ) -> Finding:
+        """Attack one update as it leaves."""
+        if self._limit.passed:
+            raise _TimeUpError
+        back = door.send(update, site.model, update.setting.records)
+        if back.delta is None:
+            raise MisuseError(
+                f"The policy keeps every update in ({back.reason}), so that there is nothing to "
+                "calibrate."
+            )
+        try:
+            found = ATTACKS[name].run(site.case(update, back), update.behind, attacker, self._limit)
+        except OutOfTimeError:
+            raise _TimeUpError from None
+        if found.cut:  # a weaker attack would lower the noise
+            raise _TimeUpError
+        return found
 
     def _text(self, ratio: float, keep: float, evidence: tuple[Measured, ...]) -> str:
         whole = turned(self._whole, Turned(Knob.NOISE_RATIO, ratio))
@@ -286,7 +355,8 @@ class _Calibration:
             "",
             f"Weakest noise_ratio found: {ratio:g} (keep {keep:g}, max_norm: the median norm of",
             f"this site's updates); {self._tried} turns of the knobs were measured. Confirmed on",
-            "records drawn anew, through the guard, its inspection off and rules with `when` out:",
+            "records drawn anew, through the guard, its inspection off and rules with `when` out.",
+            "The upper end of each 95 % interval is within what was allowed:",
             *(line for one in evidence for line in _wrapped(one.words)),
             "",
             "This holds for these attacks, this model and these records; another attacker may do",
@@ -300,11 +370,23 @@ class _Calibration:
 
 
 def _conditions(
-    subject: Subject, loaded: LoadedPolicy, targets: dict[str, float], generator: torch.Generator
+    subject: Subject,
+    loaded: LoadedPolicy,
+    targets: dict[str, float],
+    generator: torch.Generator,
+    *,
+    asked: bool,
 ) -> list[tuple[str, Setting]]:
-    """The smallest update that the policy lets out, of an honest and of a malicious server."""
-    if unknown := [name for name in targets if name not in ATTACKS]:
-        raise MisuseError(f"There is no attack {unknown[0]!r}; there are {', '.join(ATTACKS)}.")
+    """The smallest update that the policy lets out, of an honest and of a malicious server.
+
+    Args:
+        subject: model and records.
+        loaded: the policy.
+        targets: what is allowed.
+        generator: of trial crafting.
+        asked: whether somebody asked for each of these targets, so that each must fit.
+    """
+    _require_targets(targets)
     least = min(max(1, loaded.policy.limits.min_patients or 1), len(subject.train))
     fitting = (
         name
@@ -313,15 +395,33 @@ def _conditions(
     )
     crafted = [name for name in fitting if name != HONEST][:1]
     settings = [Setting(name, records=least) for name in (HONEST, *crafted)]
-    found = [
-        (name, setting)
-        for setting in settings
-        for name in targets
-        if ATTACKS[name].misfit(subject, setting) is None
-    ]
+    group = min(least, most_lopsided(subject.train))
+    settings += [Setting(HONEST, records=group, lopsided=True)] if group >= LEAST_GROUP else []
+    found, unfit = [], {}
+    for name in targets:
+        own = [one for one in settings if one.lopsided == ATTACKS[name].of_groups]
+        why = [ATTACKS[name].misfit(subject, one) for one in own]
+        found += [(name, one) for one, reason in zip(own, why, strict=True) if reason is None]
+        if not own or why[0] is not None:
+            unfit[name] = why[0] if own else "the loader names no property, or too few have it"
+    if asked and unfit:
+        name, reason = next(iter(unfit.items()))
+        raise MisuseError(f"The attack {name} cannot be calibrated against here: {reason}.")
     if not found:
         raise MisuseError(f"None of the attacks {', '.join(targets)} fits this model and data.")
     return found
+
+
+def _require_targets(targets: dict[str, float]) -> None:
+    for name, target in targets.items():
+        if name not in ATTACKS:
+            raise MisuseError(f"There is no attack {name!r}; there are {', '.join(ATTACKS)}.")
+        if not target > 0.0:
+            raise MisuseError(
+                f"The target of {name} must be above 0: however many records are measured, the "
+                "upper bound of a gain never comes down to nothing. Allow a little, as in "
+                f"{name}=0.02."
+            )
 
 
 def _wrapped(line: str) -> list[str]:

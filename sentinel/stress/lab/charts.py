@@ -41,8 +41,7 @@ def curve_svg(curves: Curves) -> str:
         return ""
     low = min(dot[0] for dot in dots)
     low, high = low - 0.02, max(max(dot[0] for dot in dots) + 0.02, low + 0.05)
-    metric = next((p.utility.metric for p in curves.points if p.utility is not None), "utility")
-    drawn = [_frame(low, high, metric), *_lines(curves.points, low, high)]
+    drawn = [_frame(low, high, curves.metric), *_lines(curves.points, low, high)]
     drawn += [_point(dot, low, high) for dot in dots]
     label = "Leakage against utility, one dot for each turn of a knob"
     return (

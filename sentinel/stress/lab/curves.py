@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 NOISE = (0.0, 0.2, 1.0, 2.0, 5.0, 10.0, 20.0)
 KEEP = (0.25, 0.1)
-NORMS = (4.0, 0.25)  # times the policy's max_norm
+NORMS = (0.25,)  # times the policy's max_norm; above it, the noise grows as with its own ratio
 UPDATES = 2  # attacked at each point, where one alone is behind each; more where that is cheap
 CHEAP = 1.0  # seconds for one update
 MANY = 16

@@ -16,7 +16,7 @@ import torch
 
 from sentinel.errors import RoundRefused, Withheld
 from sentinel.guard import Guard
-from sentinel.stress.lab.setting import Setting, Stage
+from sentinel.stress.lab.setting import LOPSIDED, Setting, Stage
 from sentinel.stress.layers import State, copied
 from sentinel.stress.passive.local_training import LocalTraining, Seen
 from sentinel.terms import Unit
@@ -48,6 +48,7 @@ class Update:
         local: the state after training on it.
         behind: the records that were trained on.
         batches: indices into `behind`, in the order of the steps.
+        secret: mixtures of neurons that the server reads by, [mixtures, neurons]; mostly none.
     """
 
     setting: Setting
@@ -55,6 +56,7 @@ class Update:
     local: State
     behind: Records
     batches: tuple[Tensor, ...]
+    secret: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,7 @@ class Case:
         sent: the global state it sent.
         sent_back: what it got.
         training: the site's training as it can be replayed, labels and batches included.
+        secret: mixtures of neurons that it laid in what it sent, [mixtures, neurons]; mostly none.
     """
 
     subject: Subject
@@ -103,6 +106,7 @@ class Case:
     sent: State
     sent_back: Sent
     training: LocalTraining
+    secret: Tensor | None = None
 
     @property
     def delta(self) -> State:
@@ -149,12 +153,23 @@ class Site:
     def update(self, setting: Setting, server: Server) -> Update:
         """One update under this condition, of records drawn anew."""
         honest = self.stage(setting.stage)
-        sent = server.craft(self.subject, honest, setting.records, self._generator)
-        train = self.subject.train
-        drawn = torch.randperm(len(train), generator=self._generator)[: setting.records]
-        behind = train.take(drawn)
+        crafted = server.craft(self.subject, honest, setting.records, self._generator)
+        behind = self.subject.train.take(self._drawn(setting))
         batches = self.order(len(behind), setting.epochs)
-        return Update(setting, sent, self.trained(sent, behind, batches), behind, batches)
+        local = self.trained(crafted.state, behind, batches)
+        return Update(setting, crafted.state, local, behind, batches, crafted.secret)
+
+    def _drawn(self, setting: Setting) -> Tensor:
+        """Indices of the records behind an update."""
+        train = self.subject.train
+        order = torch.randperm(len(train), generator=self._generator)
+        if not setting.lopsided:
+            return order[: setting.records]
+        assert train.flags is not None  # noqa: S101 - such a setting is made where there are flags
+        most = round(LOPSIDED * setting.records)
+        having = torch.rand((), generator=self._generator) < 1 / 2
+        flags = train.flags[order] == having
+        return torch.cat([order[flags][:most], order[~flags][: setting.records - most]])
 
     def trained(self, state: State, records: Records, batches: tuple[Tensor, ...]) -> State:
         """The loop that a site has: plain SGD, one step for each batch."""
@@ -182,7 +197,7 @@ class Site:
             self.subject.rate,
             loss=self.subject.loss,
         )
-        return Case(self.subject, model, update.setting, update.sent, back, training)
+        return Case(self.subject, model, update.setting, update.sent, back, training, update.secret)
 
     def order(self, count: int, epochs: int) -> tuple[Tensor, ...]:
         """Indices of the records of each step; one step on all of them for no epochs."""

@@ -6,6 +6,7 @@ patients of one hospital resemble one another.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from scipy import stats
 
-from sentinel.interval import Count, Interval, difference
+from sentinel.interval import Count, Interval, difference, wilson
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,28 +67,37 @@ class Tally:
         return self.mean - self.chance
 
     def interval(self, confidence: float = 0.95) -> Interval:
-        """Of the gain: Newcombe's for counts, else Student's. Records as independent."""
+        """Of the gain. Records as independent.
+
+        Newcombe's for two counts, else Student's. For a count beside chances that are known exactly
+        the wider of Student's, which has no width where all hit or all miss, and Wilson's, which is
+        too narrow where hits come in clumps.
+        """
         if not self.values or not self.chances:
             return Interval(-1.0, 1.0)
-        if not self.paired and {*self.values, *self.chances} <= {0.0, 1.0}:
-            first, second = (
-                Count(int(sum(part)), len(part)) for part in (self.values, self.chances)
-            )
-            return difference(first, second, confidence=confidence)
-        freedom = max(1, min(len(self.values), len(self.chances)) - 1)
-        half = float(stats.t.ppf(0.5 + confidence / 2, freedom)) * self._error()
-        return Interval(self.gain - half, self.gain + half)
+        if not self.paired and set(self.values) <= {0.0, 1.0}:
+            first = Count(int(sum(self.values)), len(self.values))
+            if set(self.chances) <= {0.0, 1.0}:
+                second = Count(int(sum(self.chances)), len(self.chances))
+                return difference(first, second, confidence=confidence)
+            one, other = wilson(first, confidence=confidence), self._students(confidence)
+            low, high = one.low - self.chance, one.high - self.chance
+            return Interval(min(low, other.low), max(high, other.high))
+        return self._students(confidence)
 
     def leaks(self, confidence: float) -> bool:
         """Whether the gain is above the margin, with this confidence."""
         return bool(self.values) and self.interval(confidence).low > self.margin
 
+    def _students(self, confidence: float) -> Interval:
+        freedom = max(1, min(len(self.values), len(self.chances)) - 1)
+        half = float(stats.t.ppf(0.5 + confidence / 2, freedom)) * self._error()
+        return Interval(self.gain - half, self.gain + half)
+
     def _error(self) -> float:
         """Standard error of the gain; infinite for a single record."""
         if self.paired:
             return _error([a - b for a, b in zip(self.values, self.chances, strict=True)])
-        if len(set(self.chances)) == 1:  # known exactly
-            return _error(self.values)
         return math.hypot(_error(self.values), _error(self.chances))
 
 
@@ -119,21 +129,26 @@ class Finding:
         exhibits: a few records, best hit first; empty where nothing can be shown.
         updates: how many updates were attacked.
         cut: whether an attack had to stop before it was through.
+        control: the same attack on records that it must find if it is worth anything, planted into
+            updates without a guard; None where there was no such control.
     """
 
     tallies: tuple[Tally, ...]
     exhibits: tuple[Exhibit, ...] = ()
     updates: int = 1
     cut: bool = False
+    control: Tally | None = None
 
     def __add__(self, other: Finding) -> Finding:
         """Pool the findings of the same attack on two updates."""
         shown = sorted((*self.exhibits, *other.exhibits), key=lambda one: -one.score)
+        controls = [one for one in (self.control, other.control) if one is not None]
         return Finding(
             tuple(a + b for a, b in zip(self.tallies, other.tallies, strict=True)),
             tuple(shown),
             self.updates + other.updates,
             self.cut or other.cut,
+            functools.reduce(Tally.__add__, controls) if controls else None,
         )
 
     @property

@@ -156,13 +156,16 @@ def _row_table(
         shown = none if two is None else error_words(two) if redacted else _values(two.guess)
         parts.append((second, shown))
     rows = [(f"{at + 1}", *(cells[at] for _, cells in parts)) for at in range(columns)]
-    head = ("column", *(name for name, _ in parts))
+    place = "column" if one.truth.is_floating_point() else "word"
+    head = (place, *(name for name, _ in parts))
     more = one.truth.numel() - columns
-    note = f"<figcaption>{more} more columns.</figcaption>" if more else ""
+    note = f"<figcaption>{more} more {place}s.</figcaption>" if more else ""
     return f"<figure>{table(head, rows)}{note}</figure>"
 
 
 def _values(values: Tensor) -> list[str]:
+    if not values.is_floating_point():  # words
+        return [str(value) for value in values.flatten().tolist()]
     return [f"{value:.2f}" for value in values.flatten().double().tolist()]
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _FORM = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 _HELD_OUT = 0.3  # share that is kept out of training where the loader names none
 _PARTS = ("train", "held_out", "public")
-_CHOICES = ("kind", "categorical", "loss", "rate", "batch")
+_CHOICES = ("kind", "categorical", "property", "loss", "rate", "batch")
 _TWO = 2  # inputs and labels
 
 
@@ -40,7 +40,7 @@ def load_subject(model: str, data: str, generator: torch.Generator) -> Subject:
         model: `package.module:factory`; gives a torch.nn.Module.
         data: `package.module:loader`; gives (inputs, labels), a torch Dataset of such pairs, or a
             mapping or dataclass with `train` and, where there are any, `held_out`, `public`,
-            `kind`, `categorical`, `loss`, `rate`, `batch`.
+            `kind`, `categorical`, `property`, `loss`, `rate`, `batch`.
         generator: draws the held-out records where the loader names none.
 
     Raises:
@@ -60,7 +60,8 @@ def load_subject(model: str, data: str, generator: torch.Generator) -> Subject:
 def subject_of(module: nn.Module, given: object, generator: torch.Generator, name: str) -> Subject:
     """Put a model and what a loader gave together; see `load_subject`."""
     parts = _parts(given)
-    train = _records(parts["train"], "train")
+    flags = _flags(parts.get("property"))
+    train = _flagged(_records(parts["train"], "train"), flags, "train")
     chosen = parts.get("kind")
     kinds = [kind.value for kind in Kind]
     if chosen is not None and chosen not in kinds:
@@ -69,7 +70,7 @@ def subject_of(module: nn.Module, given: object, generator: torch.Generator, nam
     if held_out is None:
         train, rest = _split(train, generator)
     else:
-        rest = _records(held_out, "held_out")
+        rest = _flagged(_records(held_out, "held_out"), flags, "held_out")
     public = parts.get("public")
     return Subject(
         name=name,
@@ -77,7 +78,7 @@ def subject_of(module: nn.Module, given: object, generator: torch.Generator, nam
         model=module,
         train=train,
         held_out=rest,
-        public=None if public is None else _records(public, "public"),
+        public=None if public is None else _flagged(_records(public, "public"), flags, "public"),
         loss=_loss(parts.get("loss"), train),
         rate=_number(parts.get("rate", 0.05), "rate"),
         batch=_whole(parts.get("batch", 32)),
@@ -154,6 +155,31 @@ def _records(given: object, part: str) -> Records:
     raise MisuseError(
         f"{part} must be a pair (inputs, labels) of tensors, or a torch Dataset of such pairs."
     )
+
+
+def _flags(given: object) -> Mapping[str, Any]:
+    """Part -> who has the property; a list alone is that of train."""
+    if given is None:
+        return {}
+    found = given if isinstance(given, Mapping) else {"train": given}
+    if "train" not in found or not set(found) <= set(_PARTS):
+        raise MisuseError(
+            "property must hold 0 or 1 for each record of train, or be a mapping of parts "
+            f"({', '.join(_PARTS)}) to such values; train is needed."
+        )
+    return found
+
+
+def _flagged(records: Records, flags: Mapping[str, Any], part: str) -> Records:
+    if part not in flags:
+        return records
+    try:
+        values = torch.as_tensor(flags[part]).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        values = torch.empty(0)
+    if values.shape != records.labels.shape or not bool(((values == 0) | (values == 1)).all()):
+        raise MisuseError(f"property: {part} needs one value, 0 or 1, for each of its records.")
+    return dataclasses.replace(records, flags=values.bool())
 
 
 def _stacked(dataset: Dataset[Any], part: str) -> tuple[Tensor, Tensor]:

@@ -111,6 +111,9 @@ def _figures(result: Result) -> str:
         for at, row in enumerate(result.rows)
         for index in range(_measures(row))
     ]
+    if (control := result.control) is not None:
+        found = f"{_of(control)} ({control.chance:.2f}), n = {len(control.values)}"
+        rows.append(("all of these without guard", control.measure, found, "-", "-"))
     head = (
         "condition",
         "measure",
@@ -185,7 +188,6 @@ def _curves(curves: Curves) -> str:
                 f"{curves.utility.mean:.3f}",
             ),
         )
-    metric = next((p.utility.metric for p in curves.points if p.utility is not None), "utility")
     where = escape(curves.item.setting.words)
     short = len(curves.points) < curves.planned
     more = f" {len(curves.points)} of {curves.planned} turns fitted into the time." if short else ""
@@ -195,7 +197,7 @@ what the attack gets, with nothing but clip, noise and mask between ({where}). T
 federation of four parts of these records learns. Where to be is the corner below on the
 right.{more}</p>
 {curve_svg(curves)}
-{table(("policy", "attacker gets (knowing nothing); 95 % of the gain", metric), rows)}"""
+{table(("policy", "attacker gets (knowing nothing); 95 % of the gain", curves.metric), rows)}"""
 
 
 def _attacked(point: Point) -> str:

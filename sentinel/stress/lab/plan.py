@@ -10,7 +10,7 @@ from sentinel.errors import MisuseError
 from sentinel.stress.lab import servers
 from sentinel.stress.lab.attacks import ATTACKS
 from sentinel.stress.lab.servers import SERVERS
-from sentinel.stress.lab.setting import HONEST, Setting, Stage
+from sentinel.stress.lab.setting import HONEST, LOPSIDED, Setting, Stage
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,14 +20,17 @@ if TYPE_CHECKING:
     from sentinel.policy import LoadedPolicy
     from sentinel.stress.lab.attack import Attack
     from sentinel.stress.lab.subject import Subject
+    from sentinel.stress.records import Records
 
 MOST_UPDATES = 24  # under one condition
+LEAST_GROUP = 8  # records of which a majority says anything
 AVERAGED = 128  # records behind an update of several local epochs, where there are so many
 VIEWS = 2  # an update is attacked raw, and as released or as clip and noise leave it
 PATIENT = 1200.0  # seconds from which servers are tried that train their trap
 DOOR = 1.0  # seconds that a guard takes to look at a global model it has not seen
 PLANNED = 0.55  # share of the time that is planned for; the rest is for the curves, and in reserve
 FIRST = 2  # conditions that every plan begins with, however short the time
+SECOND = 0.6  # worth of an attack below which it is a second opinion
 STEP = 32  # records in a step of training, about; an attacker goes through all steps each time
 LONE = 0.5  # of an attack's time, where one record is behind an update
 
@@ -104,31 +107,69 @@ def make_plan(
     items = []
     least = loaded.policy.limits.min_patients or 1
     crafted = [name for name in SERVERS if name != HONEST and unfit[name] is None]
-    for setting in settings(len(subject.train), least, crafted):
+    for setting in settings(len(subject.train), least, crafted, most_lopsided(subject.train)):
         for attack in chosen:
+            if attack.of_groups != setting.lopsided:
+                continue
             if (why := attack.misfit(subject, setting)) is None:
                 items.append(Item(setting, attack.name, _updates(attack, setting)))
             else:
                 skipped.append(Skipped(f"{attack.name}: {setting.words}", why))
+    skipped += _groupless(subject, chosen)
+    # Second opinions come when everything else is through: they are slow, and seldom the strongest.
+    items.sort(key=lambda item: ATTACKS[item.attack].worth < SECOND)
     return Plan(tuple(items), tuple(_merged(skipped)), _core(items, seconds))
 
 
-def settings(records: int, least: int, crafted: Sequence[str]) -> list[Setting]:
+def leading(items: Sequence[Item], count: int) -> int:
+    """How many items the plan begins with that belong to its first `count` conditions."""
+    first = list(dict.fromkeys(item.setting for item in items))[:count]
+    later = (at for at, item in enumerate(items) if item.setting not in first)
+    return next(later, len(items))
+
+
+def most_lopsided(records: Records) -> int:
+    """Records of the largest lopsided update, whichever way it leans; 0 without a property."""
+    if records.flags is None:
+        return 0
+    having = int(records.flags.sum())
+    return int(min(having, len(records) - having) / LOPSIDED)
+
+
+def _groupless(subject: Subject, chosen: Sequence[Attack]) -> list[Skipped]:
+    """Attacks on groups, where there are none to be made."""
+    if most_lopsided(subject.train) >= LEAST_GROUP:
+        return []
+    why = (
+        "the loader names no property"
+        if subject.train.flags is None
+        else "too few records have the property, or too few lack it"
+    )
+    return [Skipped(attack.name, why) for attack in chosen if attack.of_groups]
+
+
+def settings(records: int, least: int, crafted: Sequence[str], lopsided: int = 0) -> list[Setting]:
     """All conditions, the ones that tell most first.
 
     Args:
         records: that the site has.
         least: patients that the policy wants behind an update.
         crafted: names of the malicious servers that fit the model.
+        lopsided: records of the largest update that leans to one side of a property.
     """
     ample = min(max(32, least), records)
     epochs = min(max(AVERAGED, least), records)
     start, later = Stage.START, Stage.LATER
+    groups = [
+        Setting(HONEST, start, min(ample, lopsided), lopsided=True),
+        Setting(HONEST, start, min(epochs, lopsided), epochs=2, lopsided=True),
+    ]
     found = [
         Setting(HONEST, start, 1),
         Setting(HONEST, start, ample),
         *(Setting(name, start, ample) for name in crafted[:1]),
         Setting(HONEST, start, epochs, epochs=2),
+        *(groups if lopsided >= LEAST_GROUP else []),
         Setting(HONEST, start, min(8, records)),
         Setting(HONEST, later, 1),
         *(Setting(name, start, epochs, epochs=2) for name in crafted[1:2]),
@@ -142,14 +183,12 @@ def settings(records: int, least: int, crafted: Sequence[str]) -> list[Setting]:
 
 def _core(items: Sequence[Item], seconds: float) -> int:
     """How many items fit into the time; those of the first conditions always count."""
-    first = list(dict.fromkeys(item.setting for item in items))[:FIRST]
-    spent, count = 0.0, 0
-    for item in items:
+    least, spent = leading(items, FIRST), 0.0
+    for at, item in enumerate(items):
         spent += item.seconds
-        if spent > PLANNED * seconds and item.setting not in first:
-            break
-        count += 1
-    return count
+        if spent > PLANNED * seconds and at >= least:
+            return at
+    return len(items)
 
 
 def _unfit(name: str, subject: Subject, seconds: float, generator: torch.Generator) -> str | None:
@@ -168,6 +207,8 @@ def _known(attacks: Sequence[str]) -> list[str]:
 
 
 def _updates(attack: Attack, setting: Setting) -> int:
+    if attack.of_groups:
+        return min(MOST_UPDATES, attack.wanted)
     return max(1, min(MOST_UPDATES, math.ceil(attack.wanted / setting.records)))
 
 

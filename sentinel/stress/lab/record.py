@@ -48,6 +48,7 @@ def _subject(result: Result) -> dict[str, Any]:
         "confidence_each": result.confidence,
         "withheld_entirely": result.withheld_entirely,
         "inconclusive": result.inconclusive,
+        "control_missed": result.blind,
         "partial": result.partial,
         "interrupted": result.interrupted,
         "seconds": round(result.seconds, 1),
@@ -67,7 +68,9 @@ def _row(row: Row) -> dict[str, Any]:
         "stage": setting.stage.value,
         "records": setting.records,
         "epochs": setting.epochs,
+        "lopsided": setting.lopsided,
         "updates_planned": row.item.updates,
+        "updates_diverged": row.diverged,
         "partial": row.partial,
         "error": row.error,
         "raw": _side(row.raw),
@@ -80,6 +83,9 @@ def _side(side: Side) -> dict[str, Any]:
     return {
         "released": side.released,
         "kept_in": dict(side.kept),
+        "control": None
+        if side.finding is None or side.finding.control is None
+        else tally_record(side.finding.control),
         "measures": [] if side.finding is None else _measures(side.finding),
     }
 

@@ -41,7 +41,13 @@ def error_map(exhibit: Exhibit, *, guess: Tensor | None = None) -> Tensor:
 
 
 def error_words(exhibit: Exhibit) -> list[str]:
-    """How wrong each value of a guessed row is: "read", "close" or "wrong"."""
+    """How wrong each value of a guessed row is: "read", "close" or "wrong".
+
+    The numbers of words are near nothing: they are read or wrong.
+    """
+    if not exhibit.truth.is_floating_point():
+        right = (exhibit.truth == exhibit.guess).flatten().tolist()
+        return ["read" if one else "wrong" for one in right]
     truth, guess = exhibit.truth.flatten().double(), exhibit.guess.flatten().double()
     errors = (truth - guess).abs() / truth.abs().clamp_min(1.0)
     return [

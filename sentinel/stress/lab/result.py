@@ -46,6 +46,7 @@ class Row:
         alone: of the updates that the policy kept in: what clip, noise and mask leave of them,
             had the guard been told of enough patients and its inspection missed the server.
         error: type of an error that ended the attack; None where there was none.
+        diverged: updates that training on what this server sent did not give: it left no numbers.
     """
 
     item: Item
@@ -53,13 +54,15 @@ class Row:
     policy: Side
     alone: Side
     error: str | None = None
+    diverged: int = 0
 
     @property
     def partial(self) -> bool:
         """Whether less was done than planned."""
         sides = (self.raw, self.policy, self.alone)
         cut = any(side.finding is not None and side.finding.cut for side in sides)
-        return cut or self.error is not None or self.raw.updates < self.item.updates
+        made = self.raw.updates + self.diverged
+        return cut or self.error is not None or made < self.item.updates
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +99,12 @@ class Curves:
     utility: Utility | None
     points: tuple[Point, ...]
     planned: int
+
+    @property
+    def metric(self) -> str:
+        """Of the utility."""
+        found = (self.utility, *(point.utility for point in self.points))
+        return next((one.metric for one in found if one is not None), "utility")
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +180,41 @@ class Result:
     @property
     def inconclusive(self) -> bool:
         """Whether nothing can be said: no leak, and no attack on a released update was through."""
-        through = any(row.policy.finding and not row.policy.finding.cut for row in self.rows)
-        return not through and not self.leaks and not self.withheld_entirely
+        return not self.through and not self.leaks and not self.withheld_entirely
+
+    @property
+    def control(self) -> Tally | None:
+        """What the controls on all raw updates come to; None where there was none."""
+        found = [
+            row.raw.finding.control
+            for row in self.rows
+            if row.raw.finding is not None and row.raw.finding.control is not None
+        ]
+        return sum(found[1:], found[0]) if found else None
+
+    @property
+    def blind(self) -> bool:
+        """Whether an attacker with a control could not see even what was planted for it."""
+        return self.control is not None and self.control.interval().low <= 0.0
+
+    @property
+    def through(self) -> tuple[Row, ...]:
+        """Attacks on released updates that say something where they found nothing.
+
+        None that was cut short, and none that is blind.
+        """
+        blind = {
+            row.item.attack
+            for row in self.rows
+            if self.blind and row.raw.finding is not None and row.raw.finding.control is not None
+        }
+        return tuple(
+            row
+            for row in self.rows
+            if row.policy.finding is not None
+            and not row.policy.finding.cut
+            and row.item.attack not in blind
+        )
 
 
 NO_TIME = "the time was up"

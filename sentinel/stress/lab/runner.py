@@ -17,7 +17,7 @@ from sentinel.stress.lab.curves import draw_curves, worth_drawing
 from sentinel.stress.lab.deadline import Deadline, OutOfTimeError
 from sentinel.stress.lab.exchange import GuardedDoor, Site, norm_of, raw
 from sentinel.stress.lab.home import scratch
-from sentinel.stress.lab.plan import Skipped, make_plan
+from sentinel.stress.lab.plan import Skipped, leading, make_plan
 from sentinel.stress.lab.result import BEYOND, DIVERGED, NO_TIME, Result, Row, Side
 from sentinel.stress.lab.servers import SERVERS
 from sentinel.terms import Unit
@@ -101,10 +101,6 @@ def run_lab(
     return lab.result(time.monotonic() - begun)
 
 
-class _DivergedError(Exception):
-    """Raised where local training gives numbers that are none."""
-
-
 class _Lab:
     """One test under way; what it has can be asked for at any time."""
 
@@ -127,7 +123,7 @@ class _Lab:
             GuardedDoor(loaded, home / "policy"),
             GuardedDoor(loaded, home / "alone", alone=True),
         )
-        self._made: dict[Setting, list[tuple[Update, Sent, Sent | None]]] = {}
+        self._made: dict[Setting, list[tuple[Update, Sent, Sent | None] | None]] = {}
         self._rows: list[Row] = []
         self._late: list[Skipped] = []
         self._curves: Curves | None = None
@@ -137,8 +133,7 @@ class _Lab:
     def run(self) -> None:
         """Work through the plan."""
         items, core = self._plan.items, self._plan.core
-        first = len({item.setting for item in items}) > CURVES_FIRST
-        before = _settings_before(items, CURVES_FIRST) if first else len(items)
+        before = leading(items, CURVES_FIRST)
         drawn = False
         waiting = self._options.curves and before < len(items)
         early = self._deadline.share(CURVES_SHARE) if waiting else self._deadline
@@ -207,20 +202,21 @@ class _Lab:
                 row = self._attacked(row, number, deadline)
             except OutOfTimeError:
                 break
-            except _DivergedError:
-                if row.raw.updates == 0:
-                    self._late.append(Skipped(_what(item), DIVERGED))
-                break
             if row.error is not None:
                 break
         self._spent += time.monotonic() - begun
+        if row.diverged and row.raw.updates == 0:
+            self._late.append(Skipped(_what(item), DIVERGED))
         if row.raw.updates or row.error is not None:
             self._rows.append(row)
 
     def _attacked(self, row: Row, number: int, deadline: Deadline) -> Row:
         """One more update, on all its ways."""
         try:
-            update, policy, alone = self._exchange(row.item.setting, number)
+            exchange = self._exchange(row.item.setting, number)
+            if exchange is None:
+                return replace(row, diverged=row.diverged + 1)
+            update, policy, alone = exchange
             return replace(
                 row,
                 raw=self._side(row, row.raw, update, raw(update), deadline),
@@ -229,7 +225,7 @@ class _Lab:
                 if alone is None
                 else self._side(row, row.alone, update, alone, deadline),
             )
-        except (OutOfTimeError, _DivergedError):
+        except OutOfTimeError:
             raise
         except Exception as error:  # noqa: BLE001 - of an attack; told by type, its text may hold values
             return replace(row, error=type(error).__name__)
@@ -246,13 +242,14 @@ class _Lab:
         pooled: Finding = found if side.finding is None else side.finding + found
         return replace(side, finding=pooled, released=side.released + 1)
 
-    def _exchange(self, setting: Setting, number: int) -> tuple[Update, Sent, Sent | None]:
-        """The n-th update under this condition; all attacks share it."""
+    def _exchange(self, setting: Setting, number: int) -> tuple[Update, Sent, Sent | None] | None:
+        """The n-th update under this condition, None where training diverged; attacks share it."""
         made = self._made.setdefault(setting, [])
         while len(made) <= number:
             update = self._site.update(setting, SERVERS[setting.server])
             if not math.isfinite(norm_of(update)):
-                raise _DivergedError
+                made.append(None)
+                continue
             policy, alone = self._doors
             first = policy.send(update, self._site.model, setting.records)
             second = None
@@ -276,9 +273,3 @@ class _Lab:
 
 def _what(item: Item) -> str:
     return f"{item.attack}: {item.setting.words}"
-
-
-def _settings_before(items: Sequence[Item], count: int) -> int:
-    """How many items belong to the first `count` conditions."""
-    first = list(dict.fromkeys(item.setting for item in items))[:count]
-    return sum(item.setting in first for item in items)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from sentinel.errors import MisuseError
 from sentinel.stress.lab.setting import HONEST
-from sentinel.stress.layers import State, copied
+from sentinel.stress.layers import State, attacked_pair, copied
 from sentinel.stress.servers.catalogue import RECIPES, Recipe
 from sentinel.stress.servers.craft import Public
 
@@ -20,6 +20,14 @@ if TYPE_CHECKING:
 _FIRST = ("binning-gaussian", "binning-scaled", "qbi", "trap-weights", "fishing-class")
 
 
+@dataclass(frozen=True, slots=True)
+class Crafted:
+    """What a server sends, and the mixtures of neurons that it alone knows to read by."""
+
+    state: State
+    secret: torch.Tensor | None = None
+
+
 class Server(Protocol):
     """Sends a global model; `title` says what it does, for a reader."""
 
@@ -29,7 +37,7 @@ class Server(Protocol):
 
     def craft(
         self, subject: Subject, state: State, records: int, generator: torch.Generator
-    ) -> State:
+    ) -> Crafted:
         """The global model that it sends in the place of `state`.
 
         Args:
@@ -48,10 +56,10 @@ class Honest:
 
     def craft(
         self, subject: Subject, state: State, records: int, generator: torch.Generator
-    ) -> State:
+    ) -> Crafted:
         """A copy of the state."""
         del subject, records, generator
-        return copied(state)
+        return Crafted(copied(state))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +75,17 @@ class Malicious:
 
     def craft(
         self, subject: Subject, state: State, records: int, generator: torch.Generator
-    ) -> State:
+    ) -> Crafted:
         """A crafted state; public records give it its thresholds."""
         known = subject.public
         sample, labels = (None, None) if known is None else (known.inputs, known.labels)
         public = Public(sample, labels, max(2, min(records, subject.batch)))
-        return self.recipe.craft(public)(subject.model, state, generator=generator)
+        secret = None
+        if self.recipe.secret is not None:
+            first, _ = attacked_pair(subject.model, state)
+            secret = self.recipe.secret(len(state[f"{first}.weight"]), generator)
+        craft = self.recipe.craft(public, secret)
+        return Crafted(craft(subject.model, state, generator=generator), secret)
 
 
 def _ordered() -> list[Recipe]:
@@ -91,7 +104,9 @@ SERVERS: dict[str, Server] = {
 def trains(name: str) -> bool:
     """Whether this server trains its trap, which takes a minute or more."""
     server = SERVERS[name]
-    return isinstance(server, Malicious) and server.recipe.family == "F"
+    if not isinstance(server, Malicious):
+        return False
+    return server.recipe.family == "F" and server.recipe.secret is None  # a secret is laid
 
 
 def misfit(name: str, subject: Subject, generator: torch.Generator) -> str | None:

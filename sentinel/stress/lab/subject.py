@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sentinel.stress.records import Records
 
 FEWEST = 32  # records of which a test says anything
-_AXES = {"table": 2, "image": 4, "text": 2}
+_AXES = {"table": 2, "image": 4, "text": 2, "genotypes": 2}
 
 
 class Kind(enum.StrEnum):
@@ -30,6 +30,7 @@ class Kind(enum.StrEnum):
     TABLE = "table"  # inputs [N, features], floating
     IMAGE = "image"  # inputs [N, channels, height, width], floating
     TEXT = "text"  # inputs [N, length], whole numbers: tokens
+    GENOTYPES = "genotypes"  # inputs [N, variants], floating: 0, 1 or 2 minor alleles
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -152,10 +153,19 @@ def _require_records(part: Records, kind: Kind) -> None:
             f'Kind "{kind.value}" takes inputs of {_AXES[kind.value]} axes; got shape '
             f"{list(inputs.shape)}."
         )
-    if inputs.is_floating_point() and not bool(torch.isfinite(inputs).all()):
-        raise MisuseError("The inputs hold NaN or infinity; prepare them as for training.")
+    _require_values(inputs, kind)
+    if part.flags is not None and part.flags.shape != labels.shape:
+        raise MisuseError("The property must be one value, 0 or 1, for each record.")
     if labels.is_floating_point():
         if not bool(((labels == 0.0) | (labels == 1.0)).all()):
             raise MisuseError("Decimal labels must be 0 or 1; use whole numbers for classes.")
     elif int(labels.min()) < 0:
         raise MisuseError("Classes are numbered from 0; a label is below that.")
+
+
+def _require_values(inputs: Tensor, kind: Kind) -> None:
+    if inputs.is_floating_point() and not bool(torch.isfinite(inputs).all()):
+        raise MisuseError("The inputs hold NaN or infinity; prepare them as for training.")
+    alleles = (inputs == 0) | (inputs == 1) | (inputs == 2)  # noqa: PLR2004 - of two haplotypes
+    if kind is Kind.GENOTYPES and not (inputs.is_floating_point() and bool(alleles.all())):
+        raise MisuseError('Kind "genotypes" takes decimal inputs of 0, 1 or 2 minor alleles.')

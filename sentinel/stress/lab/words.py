@@ -31,8 +31,7 @@ def verdict(result: Result) -> str:
         )
     leaks = result.leaks
     if not leaks:
-        whole = [row for row in result.rows if row.policy.finding and not row.policy.finding.cut]
-        tried = len({row.item.attack for row in whole})
+        tried = len({row.item.attack for row in result.through})
         if tried == 0:
             return (
                 "Nothing can be said: no attack on an update that this policy let out was through "
@@ -65,7 +64,8 @@ def sentences(result: Result) -> list[str]:
         f"Without the guard, at its strongest: {_share(tally)} ({row.item.setting.words})."
         for row, tally in _strongest(result)
     ]
-    said += [line for line in (assurance(result), _kept(result), _fooled(result)) if line]
+    told = (_controlled(result), assurance(result), _kept(result), _fooled(result))
+    said += [line for line in told if line]
     if result.promise is None:
         said.append(
             "The policy makes no formal promise: what is said here is measured, and holds for the "
@@ -82,15 +82,32 @@ def sentences(result: Result) -> list[str]:
     return said
 
 
+def _controlled(result: Result) -> str | None:
+    """Whether an attack that found nothing could have found anything."""
+    found = result.control
+    if found is None:
+        return None
+    figures = (
+        f"of planted records, unlike any patient, it called {found.mean:.2f} members where they "
+        f"were in an update without a guard, and {found.chance:.2f} where they were not "
+        f"({len(found.values)} of each)"
+    )
+    if result.blind:
+        return (
+            "The attacker of members could not see even a planted record, so that its figures say "
+            f"nothing about the policy: {figures}."
+        )
+    return f"Control of the attacker of members: {figures}."
+
+
 def assurance(result: Result) -> str | None:
     """How large a gain the figures leave open, for each attack where it was measured best."""
     best: dict[str, Tally] = {}
-    for row in result.rows:
-        if row.policy.finding is not None and not row.policy.finding.cut:
-            tally = row.policy.finding.main
-            known = best.get(row.item.attack)
-            if known is None or len(tally.values) > len(known.values):
-                best[row.item.attack] = tally
+    for row in result.through:
+        assert row.policy.finding is not None  # noqa: S101 - that is what `through` means
+        tally, known = row.policy.finding.main, best.get(row.item.attack)
+        if known is None or len(tally.values) > len(known.values):
+            best[row.item.attack] = tally
     if not best:
         return None
     told = ", ".join(

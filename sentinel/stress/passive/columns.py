@@ -252,21 +252,31 @@ def recovery(guesses: Tensor, rows: Tensor, others: Tensor, table: Table) -> Rec
     if len(guesses) != len(rows) or len(others) < len(rows):
         msg = "recovery takes one guess for each row, and at least as many other rows"
         raise MisuseError(msg)
-    hits = _matched(guesses, rows, table)
+    hits = matched(guesses, rows, table)
     known = table.right(table.guess, rows)
     batches = [part for part in torch.split(others, len(rows)) if len(part) == len(rows)]
-    apart = torch.cat([_matched(guesses, batch, table) for batch in batches])
+    apart = torch.cat([matched(guesses, batch, table) for batch in batches])
     return Recovery(
         _whole(hits), _whole(known), _whole(apart), _each(hits), _each(known), _each(apart)
     )
 
 
-def _matched(guesses: Tensor, rows: Tensor, table: Table) -> Tensor:
-    """Which columns are right under the best one-to-one matching, [N, C] bool."""
+def matched(guesses: Tensor, rows: Tensor, table: Table) -> Tensor:
+    """Which columns are right under the best one-to-one matching, the truth at hand.
+
+    Args:
+        guesses: [N, features].
+        rows: [N, features], in any order.
+        table: says what is right.
+
+    Returns:
+        [N, columns] bool, in the order of the rows.
+    """
     hits = table.right(guesses[:, None], rows[None]).sum(-1).double()
     cost = table.distances(guesses, rows).double() / (1e3 * max(len(table.columns), 1)) - hits
     chosen, places = linear_sum_assignment(cost.numpy())
-    return table.right(guesses[torch.as_tensor(chosen)], rows[torch.as_tensor(places)])
+    order = torch.as_tensor(chosen)[torch.as_tensor(places).argsort()]
+    return table.right(guesses[order], rows)
 
 
 def _whole(hits: Tensor) -> Count:

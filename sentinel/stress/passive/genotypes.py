@@ -34,12 +34,22 @@ class Panel:
     """What is public of the variants: the frequency of each minor allele, and the linkage.
 
     Attributes:
-        frequencies: [variants], from 0 to 1/2.
+        frequencies: [variants], from 0 to 1/2; over it where the allele that is counted is not the
+            minor one.
         linkage: correlation of neighbouring hidden values, from 0 to under 1.
     """
 
     frequencies: Tensor
     linkage: float
+
+    @classmethod
+    def learnt(cls, people: Tensor) -> Panel:
+        """Frequencies of reference people [N, variants], none of them behind an attacked update.
+
+        The linkage is not learnt; no attack here uses it.
+        """
+        shares = (people.mean(0) * len(people) + 1) / (GENOTYPES - 1) / (len(people) + 1)
+        return cls(shares.clamp(0.0, 1.0), 0.0)
 
     @classmethod
     def drawn(cls, variants: int, linkage: float, generator: torch.Generator) -> Panel:
@@ -120,10 +130,7 @@ class Concordance:
 
 
 def concordance(guesses: Tensor, people: Tensor, others: Tensor, panel: Panel) -> Concordance:
-    """Compare called guesses with people, each person with the guess that suits best.
-
-    Guesses that were made more than once count once; where there are fewer guesses than people,
-    the most frequent genotypes stand in. A person may be matched with one guess only.
+    """Compare called guesses with people, as `agreements` does.
 
     Args:
         guesses: [M, variants] of 0, 1 or 2, possibly none.
@@ -137,12 +144,10 @@ def concordance(guesses: Tensor, people: Tensor, others: Tensor, panel: Panel) -
     if len(others) < len(people):
         msg = "concordance takes at least as many others as people"
         raise MisuseError(msg)
-    stand_in = panel.guess()[None]
-    known = torch.cat([torch.unique(guesses, dim=0), stand_in.expand(len(people), -1)])
-    own = _agreements(known, people)
+    own = agreements(guesses, people, panel)
     whole = Count(int((own == people.shape[1]).sum()), len(people))
-    apart = _agreements(known, others[: len(people)])
-    alone = (stand_in == people).sum()
+    apart = agreements(guesses, others[: len(people)], panel)
+    alone = (panel.guess()[None] == people).sum()
     cells = people.numel()
     return Concordance(
         Count(int(own.sum()), cells),
@@ -152,8 +157,19 @@ def concordance(guesses: Tensor, people: Tensor, others: Tensor, panel: Panel) -
     )
 
 
-def _agreements(guesses: Tensor, people: Tensor) -> Tensor:
-    """Right genotypes of each person, under the best matching with distinct guesses, [N]."""
-    right = torch.stack([(guesses == person).sum(1) for person in people])
+def agreements(guesses: Tensor, people: Tensor, panel: Panel) -> Tensor:
+    """Right genotypes of each person under the guess that suits best, [N].
+
+    Guesses that were made more than once count once; where there are fewer guesses than people,
+    the most frequent genotypes stand in. A person may be matched with one guess only.
+
+    Args:
+        guesses: [M, variants] of 0, 1 or 2, possibly none.
+        people: [N, variants].
+        panel: gives what is most frequent.
+    """
+    stand_in = panel.guess()[None].expand(len(people), -1)
+    known = torch.cat([torch.unique(guesses, dim=0), stand_in])
+    right = torch.stack([(known == person).sum(1) for person in people])
     chosen, places = linear_sum_assignment(right.numpy(), maximize=True)
     return right[torch.as_tensor(chosen), torch.as_tensor(places)]

@@ -7,24 +7,28 @@ did best is settled with the truth at hand, in the attacker's favour.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
+
+from sentinel.errors import MisuseError
 from sentinel.stress.passive.estimate import Estimation, most_likely
-from sentinel.stress.passive.inversion import Matching, match_direction
-from sentinel.stress.passive.prior import smooth_prior
-from sentinel.stress.passive.reidentify import match_within_class, ranked_first
+from sentinel.stress.passive.inversion import Matching, blur, match_direction, search_once
+from sentinel.stress.passive.prior import filled_prior, smooth_prior
+from sentinel.stress.passive.reidentify import Found, match_within_class, ranked_first
 from sentinel.stress.ssim import ssim
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
-    import torch
     from torch import Tensor
 
     from sentinel.stress.passive.local_training import LocalTraining, Seen
     from sentinel.stress.passive.prior import ImagePrior
-    from sentinel.stress.passive.reidentify import Found
+
+_SURE = 1.96  # standard errors to either end of a 95 % interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,87 @@ class Truth:
         return Attack(matched, alike, found)
 
 
+def dealt(
+    pictures: tuple[Tensor, ...], each: int, decoys: int, generator: torch.Generator
+) -> list[Truth]:
+    """Deal pictures out to as many updates as they suffice for; none is behind two of them.
+
+    Decoys of an update are drawn from all the pictures that are not behind it, so that without any
+    information nothing tells them from those that are.
+
+    Args:
+        pictures: for each class, [M, 1, H, W].
+        each: of every class behind one update.
+        decoys: of every class, to find a picture among.
+        generator: of the order.
+
+    Raises:
+        MisuseError: there are too few for one update.
+    """
+    least = min(len(own) for own in pictures)
+    if least < each + decoys:
+        msg = f"an update takes {each} pictures of each class and {decoys} others, got {least}"
+        raise MisuseError(msg)
+    orders = [torch.randperm(len(own), generator=generator) for own in pictures]
+    labels = torch.arange(len(pictures)).repeat_interleave(each)
+    found = []
+    for first in range(0, least - each + 1, each):
+        behind = [order[first : first + each] for order in orders]
+        others = [torch.cat([order[:first], order[first + each :]]) for order in orders]
+        mixed = [rest[torch.randperm(len(rest), generator=generator)[:decoys]] for rest in others]
+        found.append(
+            Truth(
+                torch.cat([own[some] for own, some in zip(pictures, behind, strict=True)]),
+                labels,
+                tuple(own[some] for own, some in zip(pictures, mixed, strict=True)),
+            )
+        )
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """What one attacker got of several updates, beside what the class mean gives.
+
+    Attributes:
+        gains: for each picture, its similarity to the guess less that to the mean of public
+            pictures of its class, [T].
+        found: pictures that rank first among the decoys of their class.
+    """
+
+    gains: Tensor
+    found: Found
+
+    @classmethod
+    def over(cls, updates: Sequence[tuple[Truth, Attack]], prior: ImagePrior) -> Gain:
+        """Pool one attacker's results over updates.
+
+        Args:
+            updates: what was behind each, and what the attacker made of it.
+            prior: gives the class means.
+        """
+        gains = [
+            ssim(attack.guesses, truth.pictures) - ssim(prior.means[truth.labels], truth.pictures)
+            for truth, attack in updates
+        ]
+        return cls(torch.cat(gains), Found.pooled([attack.found for _, attack in updates]))
+
+    @property
+    def mean(self) -> float:
+        """Mean gain; matching guesses to the truth flatters it."""
+        return float(self.gains.mean())
+
+    @property
+    def half(self) -> float:
+        """Half the width of its 95 % interval; pictures are taken as independent."""
+        return _SURE * float(self.gains.std()) / math.sqrt(len(self.gains))
+
+    @property
+    def upper(self) -> float:
+        """Upper end of that interval."""
+        return self.mean + self.half
+
+
 @dataclass(frozen=True, slots=True)
 class ImageAttacker:
     """Everything the attacker tries on one update.
@@ -73,11 +158,17 @@ class ImageAttacker:
         estimates: name -> settings of an attacker with one.
         blind: name -> settings of an attacker whose prior knows no picture, only that neighbouring
             pixels are alike.
+        steps: name -> settings of a search that sets out from the mean public picture of each
+            class, in steps too small for noise to take that away.
+        filled: name -> settings of an attacker whose prior has a smooth remainder beside the
+            directions of public pictures.
     """
 
     searches: Mapping[str, Matching]
     estimates: Mapping[str, Estimation]
     blind: Mapping[str, Estimation] = field(default_factory=dict)
+    steps: Mapping[str, Matching] = field(default_factory=dict)
+    filled: Mapping[str, Estimation] = field(default_factory=dict)
 
     def reconstruct(
         self,
@@ -103,8 +194,15 @@ class ImageAttacker:
         smooth = smooth_prior((height, width), len(prior.means)) if self.blind else prior
         for name, estimation in self.blind.items():
             yield name, most_likely(training, seen, smooth, estimation, generator)
+        for name, search in self.steps.items():
+            start = prior.means[training.labels]
+            near = search_once(training, seen, search, start).pictures
+            yield name, blur(near, search.smoothing)
         for name, estimation in self.estimates.items():
             yield name, most_likely(training, seen, prior, estimation, generator)
+        full = filled_prior(prior) if self.filled else prior
+        for name, estimation in self.filled.items():
+            yield name, most_likely(training, seen, full, estimation, generator)
 
     def with_prior_only(self) -> ImageAttacker:
         """The attackers that do best against many pictures or much noise."""
@@ -112,7 +210,8 @@ class ImageAttacker:
 
     def __len__(self) -> int:
         """How many attackers there are."""
-        return len(self.searches) + len(self.estimates) + len(self.blind)
+        every = (self.searches, self.estimates, self.blind, self.steps, self.filled)
+        return sum(len(some) for some in every)
 
 
 # Settings found with the truth known, on updates of 1 and of 64 chest X-rays.
@@ -140,6 +239,17 @@ BATCH = ImageAttacker(
         "public prior": Estimation(),
         "public prior, damped": Estimation(least_noise=2.0),
     },
+)
+# Whatever is known to do best through the noise of a shipped policy; for its floor.
+FLOOR = ImageAttacker(
+    searches={
+        "total variation": Matching(iterations=60, total_variation=1e-1),
+        "smoothing": Matching(iterations=60, total_variation=3.0, smoothing=1.5),
+        "restarts": Matching(iterations=40, total_variation=3.0, smoothing=1.5, restarts=2),
+    },
+    estimates=BATCH.estimates,
+    steps={"from the mean": Matching(iterations=40, step=5e-4, total_variation=1.0)},
+    filled={"public prior, filled": Estimation(least_noise=2.0)},
 )
 
 

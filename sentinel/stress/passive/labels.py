@@ -207,18 +207,25 @@ def _from_probes(
 def _mean_additions(
     head: _Head, training: LocalTraining, seen: Seen, inputs: Tensor, labels: Tensor
 ) -> Tensor:
-    """[M, E]: what each probe would add to the head, in the mean along the way; float64."""
+    """[M, E]: what each probe would add to the head, in the mean along the way; float64.
+
+    A crafted model's training may diverge: the part of the way that gives no numbers is left out.
+    """
     # What of the update is signal: the attacker walks no further than that.
     signal = seen.signal_norm / max(seen.values.norm().item(), 1e-30)
     change = seen.values * (signal / seen.scale)
     change = change * (1 - 1 / len(training.batches))  # the last step starts before its own change
-    added = torch.zeros((), dtype=torch.float64)
-    for share, weight in zip(WAYPOINTS, SIMPSON, strict=True):
+    weight, bias = head.split(change)
+    size = weight.numel() + (0 if bias is None else bias.numel())
+    added, counted = torch.zeros((len(labels), size), dtype=torch.float64), 0.0
+    for share, part in zip(WAYPOINTS, SIMPSON, strict=True):
         hidden, chances = head.embedded(training, inputs, change, share)
         raised = F.one_hot(labels, head.shape[0]).double() - chances.double()
         rows = torch.einsum("mc,md->mcd", raised, hidden.double()).flatten(1)
-        added = added + weight * (rows if head.bias is None else torch.cat([rows, raised], dim=1))
-    return added
+        one = rows if head.bias is None else torch.cat([rows, raised], dim=1)
+        if bool(torch.isfinite(one).all()):
+            added, counted = added + part * one, counted + part
+    return added / max(counted, SIMPSON[0])
 
 
 def _whitened(columns: Tensor, spread: Tensor, error: float) -> Tensor:

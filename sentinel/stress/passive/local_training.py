@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.func import functional_call
 from torch.nn import functional as F  # noqa: N812 - the name that PyTorch's users know
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sentinel.errors import MisuseError
 
@@ -152,7 +153,8 @@ class LocalTraining:
             name: value if value.requires_grad else value.clone().requires_grad_()
             for name, value in parameters.items()
         }
-        loss = self.loss(self.forward(self.model, leaves | self._buffers(), inputs), labels)
+        with sdpa_kernel(SDPBackend.MATH):  # the faster attentions cannot be derived twice
+            loss = self.loss(self.forward(self.model, leaves | self._buffers(), inputs), labels)
         return torch.autograd.grad(loss, list(leaves.values()), create_graph=differentiable)
 
     def _buffers(self) -> dict[str, Tensor]:

@@ -99,25 +99,6 @@ class NoteTransformer(nn.Module):
         return answer
 
 
-class NoteBag(nn.Module):
-    """The mean of the words' embeddings, one rectified layer, classes; the order has no part."""
-
-    def __init__(self, words: int, width: int, classes: int = 2) -> None:
-        """Make the layers; set their values with `initialise`."""
-        super().__init__()
-        with torch.device("meta"):
-            self.embedding = nn.EmbeddingBag(words, width, mode="mean")
-            self.wide = nn.Linear(width, 2 * width)
-            self.head = nn.Linear(2 * width, classes)
-            self.rectifier = nn.ReLU()
-        self.to_empty(device="cpu")
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens [N, T] to [N, classes]."""
-        answer: Tensor = self.head(self.rectifier(self.wide(self.embedding(tokens))))
-        return answer
-
-
 def initialise(net: nn.Module, generator: torch.Generator) -> None:
     """Set all values: embeddings normal with deviation 0.5, the rest as PyTorch does by default."""
     for layer in net.modules():

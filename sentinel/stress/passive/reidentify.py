@@ -3,6 +3,10 @@
 Both are done with the truth at hand, which no attacker has, so both flatter the attacker:
 assignment alone lifts the similarity of guesses that know nothing. The figure for an unrelated
 update, matched the same way, says by how much.
+
+A picture can also be found without any reconstruction, by an attacker who holds the candidates:
+each one's own gradient is held against the update. That asks more of a defence than that nothing
+can be rebuilt.
 """
 
 from __future__ import annotations
@@ -13,15 +17,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
+from torch.func import grad, vmap
 
 from sentinel.errors import MisuseError
 from sentinel.interval import Count
 from sentinel.stress.ssim import ssim
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
+    from sentinel.stress.passive.local_training import LocalTraining, Seen
     from sentinel.stress.passive.prior import ImagePrior
+
+_LEAST_NOISE = 0.02  # of the update's norm: what first order misses of a raw update
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +45,17 @@ class Found:
 
     count: Count
     classes: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def pooled(cls, parts: Sequence[Found]) -> Found:
+        """The same over several updates.
+
+        Raises:
+            MisuseError: there are none.
+        """
+        hits = sum(part.count.hits for part in parts)
+        count = Count(hits, sum(part.count.trials for part in parts))
+        return cls(count, tuple(pair for part in parts for pair in part.classes))
 
     @property
     def by_chance(self) -> float:
@@ -126,3 +147,98 @@ def ranked_first(
         hits += int((suits > rivals).sum())
         classes.append((len(suits), len(decoys[label])))
     return Found(Count(hits, len(labels)), tuple(classes))
+
+
+@dataclass(frozen=True, slots=True)
+class Recognition:
+    """The attacker who holds candidates: a matched filter on their gradients.
+
+    It takes the update for the sum of the records' own gradients, each unknown one drawn like the
+    public pictures of its class, so that these are noise beside the guard's: the log likelihood
+    ratio between this candidate and an unknown picture of its class. Exact to first order for one
+    step on all records.
+
+    Attributes:
+        training: how the site trained, labels included; one step on all records.
+        seen: the update.
+        public: for each class of the model, [M, 1, H, W].
+
+    Raises:
+        MisuseError: several steps, or a class without public pictures.
+    """
+
+    training: LocalTraining
+    seen: Seen
+    public: tuple[Tensor, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse what it has no first order for."""
+        if len(self.training.batches) != 1 or any(len(own) == 0 for own in self.public):
+            msg = "candidates are recognised in one step, with public pictures of every class"
+            raise MisuseError(msg)
+
+    def ratios(self, candidates: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Log likelihood ratios [M] of candidates [M, 1, H, W] of each class."""
+        counts = self.training.labels.bincount(minlength=len(self.public)).tolist()
+        known = [
+            influences(self.training, self.seen, own, label)
+            for label, own in enumerate(self.public)
+        ]
+        means = [own.mean(dim=0) for own in known]
+        crowd = torch.cat(
+            [
+                (own - mean) * (count / len(own)) ** 0.5
+                for own, mean, count in zip(known, means, counts, strict=True)
+            ]
+        )
+        expected = torch.stack([mean * n for mean, n in zip(means, counts, strict=True)]).sum(0)
+        rest = self.seen.values - expected
+        least = _LEAST_NOISE * float(self.seen.values.norm()) / len(rest) ** 0.5
+        variance = max(self.seen.error_std, least) ** 2
+        gram = (crowd @ crowd.T).double()
+        gram.diagonal().add_(variance)
+        found = []
+        for label, own in enumerate(candidates):
+            apart = influences(self.training, self.seen, own, label) - means[label]
+            # Woodbury: (variance + crowd^T crowd)^-1, on both sides at once.
+            pushed = torch.linalg.solve(gram, (crowd @ apart.T).double()).to(apart)
+            whitened = (apart - pushed.T @ crowd) / variance
+            found.append(whitened @ rest - (whitened * apart).sum(1) / 2)
+        return tuple(found)
+
+    def first(self, pictures: Tensor, decoys: tuple[Tensor, ...]) -> Found:
+        """Count the pictures [N, 1, H, W] behind the update that come before every decoy."""
+        labels = self.training.labels
+        own = tuple(pictures[labels == label] for label in range(len(decoys)))
+        ratios = self.ratios(tuple(torch.cat(both) for both in zip(own, decoys, strict=True)))
+        hits, classes = 0, []
+        for mine, found in zip(own, ratios, strict=True):
+            if len(mine):
+                hits += int((found[: len(mine)] > found[len(mine) :].max()).sum())
+                classes.append((len(mine), len(found) - len(mine)))
+        return Found(Count(hits, len(labels)), tuple(classes))
+
+
+def influences(training: LocalTraining, seen: Seen, pictures: Tensor, label: int) -> Tensor:
+    """What each picture alone adds to the update of one step, as the sanitizer leaves it, [M, D].
+
+    Args:
+        training: how the site trained; of its labels only their number is used.
+        seen: gives scale and mask.
+        pictures: [M, 1, H, W].
+        label: of all of them.
+    """
+    parameters = {name: training.global_state[name].detach() for name in training.names}
+    buffers = {
+        name: training.global_state.get(name, value).detach()
+        for name, value in training.model.named_buffers()
+    }
+    labels = training.labels.new_tensor([label])
+
+    def loss(parameters: dict[str, Tensor], picture: Tensor) -> Tensor:
+        answer = training.forward(training.model, parameters | buffers, picture[None])
+        return training.loss(answer, labels)
+
+    steps = vmap(grad(loss), in_dims=(None, 0))(parameters, pictures)
+    flat = torch.cat([steps[name].flatten(1) for name in training.names], dim=1)
+    return seen.sanitize(flat * (-training.learning_rate / len(training.labels)))

@@ -221,6 +221,12 @@ def read_outs(seen: LayerView, sanitizer: Sanitizer) -> Tensor:
     return _ratios(seen.weight, seen.bias, sanitizer.std)
 
 
+def read_mixtures(seen: LayerView, sanitizer: Sanitizer, secret: Tensor) -> Tensor:
+    """Return the same of mixtures of neurons, [mixtures, neurons], that the server alone knows."""
+    mixtures = torch.nn.functional.normalize(secret.double(), dim=1)  # noise as a neuron's own
+    return _ratios(mixtures @ seen.weight, mixtures @ seen.bias, sanitizer.std)
+
+
 def neighbours(seen: LayerView, sanitizer: Sanitizer, order: list[Tensor], width: int) -> Tensor:
     """Return the read-outs of the step between `width` bins before and after each cut.
 

@@ -181,7 +181,8 @@ def places(allowed: Tensor) -> Table:
 
 def frequencies(tokens: Tensor, words: int) -> Tensor:
     """How often each word stands at each place of reference notes [M, T]: [T, words]; never 0."""
-    shares = nn.functional.one_hot(tokens, words).float().mean(0)
+    counts = torch.zeros(tokens.shape[1], words)
+    shares = counts.scatter_add_(1, tokens.T, torch.ones(tokens.T.shape)) / len(tokens)
     return (shares + UNLIKELY) / (1 + UNLIKELY * words)
 
 
@@ -271,6 +272,23 @@ def _matched(guesses: Tensor, notes: Tensor) -> Tensor:
     right = (guesses[:, None] == notes[None]).sum(-1)
     chosen, at = linear_sum_assignment(right.numpy(), maximize=True)
     return guesses[torch.as_tensor(chosen)[torch.as_tensor(at).argsort()]]
+
+
+def in_place(guesses: Tensor, notes: Tensor) -> Tensor:
+    """Share of each note's places with the right word, [N] float64, guesses matched one to one.
+
+    Args:
+        guesses: [N, T].
+        notes: [N, T], in any order.
+    """
+    return (_matched(guesses, notes) == notes).double().mean(1)
+
+
+def embedding_of(model: nn.Module) -> str | None:
+    """Name of the words' embedding, the first in the model; None where there is none."""
+    kinds = (nn.Embedding, nn.EmbeddingBag)
+    found = (name for name, part in model.named_modules() if isinstance(part, kinds))
+    return next(found, None)
 
 
 def _right(guesses: Tensor, notes: Tensor) -> Count:

@@ -68,8 +68,8 @@ class Recipe:
     needs: tuple[str, ...] = ()
     secret: Callable[[int, torch.Generator], Tensor] | None = None
 
-    def craft(self, public: Public = NOTHING) -> Craft:
-        """Return the craft with its public inputs bound.
+    def craft(self, public: Public = NOTHING, secret: Tensor | None = None) -> Craft:
+        """Return the craft with its public inputs bound, and its secret where it is settled.
 
         Raises:
             MisuseError: an input that the recipe needs is not there.
@@ -78,6 +78,8 @@ class Recipe:
         if missing := [name for name in self.needs if given[name] is None]:
             msg = f"{self.name} needs public {' and '.join(missing)}; give them as Public(...)"
             raise MisuseError(msg)
+        if secret is not None:
+            given["secret"] = secret
         return functools.partial(self.function, **given)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812 - the name that PyTorch's users know
 
 from sentinel.demo import cohorts
 from sentinel.demo.hearts import network
@@ -30,6 +30,7 @@ from sentinel.stress.inference.membership import (
 from sentinel.stress.inference.null import Advantage, Pool, measure
 from sentinel.stress.inference.observed import Observed, raw
 from sentinel.stress.inference.planted import mislabelled, outlying
+from sentinel.stress.lab.subject import binary_loss
 from sentinel.stress.layers import State, copied
 from sentinel.stress.records import Records
 
@@ -45,10 +46,6 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def loss(answers: Tensor, labels: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(answers[:, 0], labels)
-
-
 def hospital(name: str) -> Records:
     cohort = cohorts.load(name)
     return Records(cohort.rows, cohort.labels)
@@ -62,7 +59,7 @@ def some(count: int, of: int, generator: torch.Generator) -> Tensor:
 
 def made(seed: int, **figures: int) -> tuple[Loop, State]:
     model = network(13, 64, seeded(seed))
-    return Loop(model, loss, 0.05, **figures), copied(model.state_dict())
+    return Loop(model, binary_loss, 0.05, **figures), copied(model.state_dict())
 
 
 def worth(parts: list[tuple[Tensor, Tensor]]) -> Advantage:
@@ -338,3 +335,18 @@ def test_a_site_that_released_nothing_cannot_be_attacked() -> None:
     data = hospital("va")
     with pytest.raises(MisuseError, match="released nothing"):
         membership(loop, [], sent, Suspects(data, 50, data), generator=seeded())
+
+
+def test_a_round_whose_replay_diverges_says_nothing_of_influences() -> None:
+    """The server crafted a model that no training holds; what came back is finite all the same."""
+    loop, start = made(0, epochs=4, batch=8)
+    steep = replace(loop, rate=1e12)
+    data = hospital("cleveland")
+    members, rest = data.take(torch.arange(20)), data.take(torch.arange(20, 40))
+    seen = raw(loop, start, loop.train(start, members, seeded()))
+    suspects = Suspects(members.plus(rest), 20, hospital("hungarian"))
+    found = membership(steep, [seen], start, suspects, attacker=QUICK, generator=seeded())
+    assert set(found) == set(ATTACKS)
+    assert all(bool(torch.isfinite(scores).all()) for scores in found.values())
+    for name in ("filter", "joint", "shadow"):
+        assert float(found[name].std()) < 1e-6

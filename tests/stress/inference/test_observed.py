@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn import functional as F  # noqa: N812 - the name that PyTorch's users know
 
 from sentinel import Guard
 from sentinel.demo import cohorts
@@ -16,6 +14,7 @@ from sentinel.demo.hearts import network
 from sentinel.errors import MisuseError
 from sentinel.stress.inference.loop import Loop
 from sentinel.stress.inference.observed import Observed, raw, sanitized
+from sentinel.stress.lab.subject import binary_loss
 from sentinel.stress.layers import State, copied
 from sentinel.stress.records import Records
 
@@ -33,13 +32,9 @@ id = "all"
 """
 
 
-def loss(answers: Tensor, labels: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(answers[:, 0], labels)
-
-
 def trained() -> tuple[Loop, State, State]:
     model = network(13, 16, torch.Generator().manual_seed(0))
-    loop, sent = Loop(model, loss, 0.5), copied(model.state_dict())
+    loop, sent = Loop(model, binary_loss, 0.5), copied(model.state_dict())
     cohort = cohorts.load("cleveland")
     data = Records(cohort.rows[:64], cohort.labels[:64])
     return loop, sent, loop.train(sent, data, torch.Generator().manual_seed(0))

@@ -24,6 +24,7 @@ from sentinel.stress.inference.property import (
     simulated,
     told,
 )
+from sentinel.stress.lab.subject import binary_loss
 from sentinel.stress.layers import State, copied
 from sentinel.stress.records import Records
 
@@ -38,10 +39,6 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def loss(answers: Tensor, labels: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(answers[:, 0], labels)
-
-
 def hospitals(half: int) -> tuple[Records, Tensor]:
     """Every second patient of two hospitals, and which one each is of."""
     parts = [cohorts.load(name) for name in ("cleveland", "hungarian")]
@@ -53,7 +50,7 @@ def hospitals(half: int) -> tuple[Records, Tensor]:
 
 def made() -> tuple[Loop, State]:
     model = network(13, 32, seeded())
-    return Loop(model, loss, 0.05, epochs=2, batch=16), copied(model.state_dict())
+    return Loop(model, binary_loss, 0.05, epochs=2, batch=16), copied(model.state_dict())
 
 
 def hospital_told(policy: str | None, home: Path) -> tuple[Tensor, Tensor, Tensor]:

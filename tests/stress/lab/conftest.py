@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,6 +13,8 @@ from sentinel.policy.store import parse_policy
 from sentinel.stress.lab.attacks.pictures import Pictures
 from sentinel.stress.lab.attacks.rows import Rows
 from sentinel.stress.lab.loading import subject_of
+from sentinel.stress.passive.genotypes import Panel
+from sentinel.stress.passive.notes import NoteTransformer, initialise
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,6 +49,12 @@ def _few_updates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Rows, "wanted", 10)
     monkeypatch.setattr(Pictures, "wanted", 1)
     monkeypatch.setattr("sentinel.stress.lab.calibration.MOST_UPDATES", 2)
+
+
+@pytest.fixture
+def own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time is what this process got of it, so that a busy machine makes no test partial."""
+    monkeypatch.setattr(time, "monotonic", time.process_time)
 
 
 @pytest.fixture
@@ -89,6 +98,26 @@ def images() -> Subject:
         "public": (pictures[40:], labels[40:]),
     }
     return subject_of(net, data, generator, "pictures")
+
+
+@pytest.fixture
+def texts() -> Subject:
+    """120 texts of six words out of twenty, and a small transformer that reads them."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(20, (120, 6), generator=generator)
+    net = NoteTransformer(20, 6, 32)
+    initialise(net, generator)
+    return subject_of(net, (tokens, tokens[:, 0] % 2), generator, "texts")
+
+
+@pytest.fixture
+def people() -> Subject:
+    """120 synthetic people, 24 variants each, and a perceptron."""
+    generator = torch.Generator().manual_seed(0)
+    alleles = Panel.drawn(24, 0.5, generator).people(120, generator)
+    labels = (alleles[:, :8].sum(1) > alleles[:, 8:16].sum(1)).float()
+    data = {"train": (alleles, labels), "kind": "genotypes"}
+    return subject_of(perceptron(24, 32), data, generator, "people")
 
 
 def perceptron(features: int, hidden: int) -> nn.Module:

@@ -37,4 +37,4 @@ def test_a_federation_that_is_not_through_is_left_out(table, tmp_path) -> None:
 def test_turns_begin_with_the_policy_and_the_ends_of_the_noise(plain) -> None:
     words = [turn.words for turn in turns(plain())]
     assert words[:2] == ["the policy as it is", "noise_ratio 0"]
-    assert {"keep 0.1", "max_norm 0.4", "noise_ratio 20"} <= set(words)
+    assert {"keep 0.1", "max_norm 0.025", "noise_ratio 20"} <= set(words)

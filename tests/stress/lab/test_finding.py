@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from sentinel.interval import Count, difference
+from sentinel.interval import Count, Interval, difference, wilson
 from sentinel.stress.lab.finding import Exhibit, Finding, Tally, exhibited
 
 
@@ -56,3 +56,23 @@ def test_the_worst_exhibit_of_pooled_findings_is_the_worst_of_all() -> None:
 def test_the_record_hit_best_is_always_exhibited() -> None:
     assert exhibited(torch.tensor([0.1, 0.2, 0.0, 0.1, 0.0, 0.9])) == [0, 1, 2, 3, 5]
     assert exhibited(torch.tensor([0.5])) == [0]
+
+
+def test_a_count_beside_a_chance_that_is_known_has_wilsons_interval() -> None:
+    """Two coins told right are no leak, which Student's interval of two equal values would say."""
+    coins = Tally("m", (1.0,) * 2, (0.5,) * 2)
+    found = wilson(Count(2, 2))
+    assert coins.interval() == Interval(found.low - 0.5, found.high - 0.5)
+    assert not coins.leaks(0.95)
+    clumped = Tally("m", (1.0,) * 3 + (0.0,) * 29, (0.01,) * 32)
+    assert clumped.interval(0.996).low < 0.0 < wilson(Count(3, 32), confidence=0.996).low - 0.01
+    assert Tally("m", (1.0,) * 16, (0.5,) * 16).leaks(0.95)
+
+
+def test_controls_are_pooled_and_updates_without_one_add_nothing() -> None:
+    def one(control: Tally | None) -> Finding:
+        return Finding((Tally("m", (0.0,), (0.0,)),), control=control)
+
+    planted = Tally("c", (1.0,), (0.0,))
+    assert (one(planted) + one(None) + one(planted)).control == planted + planted
+    assert (one(None) + one(None)).control is None

@@ -71,6 +71,10 @@ def test_every_form_gives_the_same_records_and_keeps_three_tenths_back(given) ->
         ({"train": (ROWS, LABELS), "categorical": "Smith"}, "from 0 to 4"),
         ({"train": (ROWS, LABELS), "categorical": [5]}, "from 0 to 4"),
         ({"train": (ROWS, LABELS), "loss": "mean"}, "loss must be a function"),
+        ({"train": (ROWS, LABELS), "property": LABELS[:5]}, "one value, 0 or 1"),
+        ({"train": (ROWS, LABELS), "property": ["Smith"] * 200}, "one value, 0 or 1"),
+        ({"train": (ROWS, LABELS), "property": {"public": LABELS}}, "train is needed"),
+        ({"train": (ROWS, LABELS), "kind": "genotypes"}, "0, 1 or 2 minor alleles"),
         ({"train": (ROWS, LABELS), "public": (ROWS[:, :2], LABELS)}, "shape and type"),
         ({"train": (ROWS, LABELS), "held_out": (ROWS, LABELS.float())}, "shape and type"),
         ({"train": (ROWS, LABELS), "rate": 0.0}, "above 0"),
@@ -80,6 +84,20 @@ def test_what_does_not_fit_is_refused_with_what_was_expected(given, expected) ->
     with pytest.raises(MisuseError, match=expected) as refused:
         subject(given)
     assert "Smith" not in str(refused.value)
+
+
+def test_a_property_stays_with_its_records_through_the_split() -> None:
+    found = subject({"train": (ROWS, LABELS), "property": ROWS[:, 0] > 0})
+    for part in (found.train, found.held_out):
+        assert torch.equal(part.flags, part.inputs[:, 0] > 0)
+
+
+def test_parts_may_have_properties_of_their_own() -> None:
+    parts = dict.fromkeys(("train", "held_out", "public"), (ROWS, LABELS))
+    flags = {"train": LABELS, "public": (1 - LABELS).tolist()}
+    found = subject({**parts, "property": flags})
+    assert torch.equal(found.public.flags, LABELS == 0)
+    assert found.held_out.flags is None
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def results() -> dict[str, Result]:
 @pytest.fixture
 def pictures(images, plain, results, stop_after) -> Result:
     if "pictures" not in results:
-        options = Options(("pictures",), seconds=60.0, curves=False)
+        options = Options(("pictures",), seconds=600.0, curves=False)
         results["pictures"] = run_lab(images, plain(), options, stop_after(1))
     return results["pictures"]
 
@@ -69,7 +69,7 @@ def pictures(images, plain, results, stop_after) -> Result:
 @pytest.fixture
 def rows(table, plain, results, stop_after) -> Result:
     if "rows" not in results:
-        found = run_lab(table, plain(), Options(("rows",), 60.0, curves=False), stop_after(2))
+        found = run_lab(table, plain(), Options(("rows",), 600.0, curves=False), stop_after(2))
         results["rows"] = replace(found, curves=some_curves(found))
     return results["rows"]
 
@@ -201,6 +201,40 @@ def test_members_stand_beside_others_and_not_beside_nothing(rows) -> None:
         "members called members: 0.50 on average over 2 records; others called members: 0.00"
         in said
     )
+
+
+def controlled(rows: Result, *called: float) -> Result:
+    """The first condition under a new name, with planted records of which so many were called."""
+    planted = Tally("control", called, (0.0,) * len(called), beside=OTHERS)
+    row = rows.rows[0]
+    found = replace(row.raw.finding, control=planted)
+    policy = replace(row.policy, kept={})
+    return replace(rows, rows=(replace(row, raw=replace(row.raw, finding=found), policy=policy),))
+
+
+def test_the_control_stands_beside_the_figures(rows) -> None:
+    seen = controlled(rows, *[1.0] * 20)
+    assert not seen.blind
+    assert "Control of the attacker" in " ".join(sentences(seen))
+    assert "all of these without guard" in page([seen], "here", redacted=True)
+    side = record([seen])["subjects"][0]["attacks"][0]["raw"]
+    assert side["control"]["mean"] == 1.0
+
+
+def test_an_attacker_that_misses_planted_records_is_no_assurance(rows) -> None:
+    missed = controlled(rows, 1.0, *[0.0] * 19)
+    assert missed.blind
+    assert "could not see even a planted record" in " ".join(sentences(missed))
+    assert assurance(missed) is None
+    assert missed.inconclusive
+    assert "Nothing can be said" in verdict(missed)
+    assert record([missed])["subjects"][0]["control_missed"]
+
+
+def test_numbers_of_words_are_read_or_wrong_and_never_close() -> None:
+    """Word 100 is no nearer to word 101 than to any other."""
+    one = Exhibit(torch.tensor([100, 7]), torch.tensor([101, 7]), 0.5)
+    assert error_words(one) == ["wrong", "read"]
 
 
 def test_the_strongest_read_out_is_shown_even_where_nothing_of_it_left(rows) -> None:

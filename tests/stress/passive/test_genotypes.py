@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the name that PyTorch's users know
+from torch import nn
 
 from sentinel import Guard
 from sentinel.demo.hearts import network
 from sentinel.errors import MisuseError
 from sentinel.interval import difference
+from sentinel.stress.lab.subject import binary_loss
 from sentinel.stress.passive import tabular
-from sentinel.stress.passive.genotypes import Concordance, Panel, called, concordance
+from sentinel.stress.passive.genotypes import Concordance, Panel, agreements, called, concordance
 from sentinel.stress.passive.local_training import LocalTraining, Seen
 from sentinel.stress.passive.relaxation import Relaxation, relax
 from sentinel.stress.passive.released import let_out
@@ -27,10 +27,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("known_noise", "one_thread")
 VARIANTS = 40
 QUICK = Relaxation(restarts=2, iterations=120, hardness=(10.0,))
-
-
-def loss(answers: Tensor, labels: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(answers[:, 0], labels)
 
 
 class _Round:
@@ -49,7 +45,7 @@ class _Round:
             nn.init.zeros_(model.bias)
         start = {name: value.clone() for name, value in model.state_dict().items()}
         whole = (torch.arange(people),)
-        self.training = LocalTraining(model, start, labels, whole, 0.05, loss=loss)
+        self.training = LocalTraining(model, start, labels, whole, 0.05, loss=binary_loss)
 
     @property
     def raw(self) -> Seen:
@@ -140,3 +136,17 @@ def test_fewer_others_than_people_are_refused() -> None:
     one = _Round(4, 6)
     with pytest.raises(MisuseError, match="at least as many others"):
         concordance(one.people, one.people, one.others[:3], one.panel)
+
+
+def test_a_panel_is_learnt_from_reference_people() -> None:
+    draw = torch.Generator().manual_seed(0)
+    panel = Panel.drawn(20, 0.5, draw)
+    learnt = Panel.learnt(panel.people(5000, draw))
+    assert torch.allclose(learnt.frequencies, panel.frequencies, atol=0.03)
+    assert float(Panel.learnt(torch.zeros(4, 3)).frequencies.min()) > 0.0
+
+
+def test_agreements_stand_for_each_person_under_the_guess_that_suits_best() -> None:
+    panel = Panel(torch.tensor([0.1, 0.1, 0.1]), 0.0)
+    people = torch.tensor([[0.0, 0.0, 2.0], [1.0, 2.0, 1.0]])
+    assert agreements(people[1:], people, panel).tolist() == [2, 3]  # the first by frequency

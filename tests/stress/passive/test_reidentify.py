@@ -5,12 +5,20 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from sentinel.errors import MisuseError
 from sentinel.interval import Count
-from sentinel.stress.passive.images import Truth
+from sentinel.stress.passive.images import Gain, Truth, dealt
+from sentinel.stress.passive.local_training import LocalTraining, Seen
 from sentinel.stress.passive.prior import ImagePrior, fit_prior
-from sentinel.stress.passive.reidentify import Found, match_within_class, ranked_first
+from sentinel.stress.passive.reidentify import (
+    Found,
+    Recognition,
+    influences,
+    match_within_class,
+    ranked_first,
+)
 from sentinel.stress.ssim import ssim
 
 
@@ -127,3 +135,101 @@ def test_the_prior_draws_pictures_as_varied_as_the_public_ones() -> None:
 def test_too_few_public_pictures_are_refused(components: int) -> None:
     with pytest.raises(MisuseError, match="more pictures"):
         fit_prior(noise(40, 0), torch.arange(2).repeat_interleave(20), components)
+
+
+def test_pictures_are_dealt_out_once_and_no_decoy_is_behind_its_update() -> None:
+    pictures = (noise(23, 0), noise(25, 1))
+    updates = dealt(pictures, 4, 15, torch.Generator().manual_seed(0))
+    assert len(updates) == 5
+    behind = torch.cat([truth.pictures for truth in updates]).flatten(1)
+    assert len(behind.unique(dim=0)) == 40
+    for truth in updates:
+        assert truth.labels.tolist() == [0] * 4 + [1] * 4
+        for label, decoys in enumerate(truth.decoys):
+            both = torch.cat([truth.pictures[truth.labels == label], decoys]).flatten(1)
+            assert len(both.unique(dim=0)) == 4 + 15
+            assert len(torch.cat([both, pictures[label].flatten(1)]).unique(dim=0)) == len(
+                pictures[label]
+            )
+
+
+def test_too_few_pictures_to_deal_out_are_refused() -> None:
+    with pytest.raises(MisuseError, match="takes 4 pictures"):
+        dealt((noise(23, 0), noise(18, 1)), 4, 15, torch.Generator())
+
+
+def test_a_gain_is_over_the_class_mean_and_pooled_over_updates() -> None:
+    truth = Truth(noise(6, 0), LABELS, (noise(9, 1), noise(9, 2)))
+    prior = flat_prior()
+    means = prior.means[LABELS]
+    nothing, everything = truth.score(means, prior), truth.score(truth.pictures, prior)
+    gain = Gain.over([(truth, nothing), (truth, everything)], prior)
+    blind = float(ssim(means, truth.pictures).mean())
+    assert gain.mean == pytest.approx((1 - blind) / 2, abs=1e-5)
+    assert gain.half == pytest.approx(1.96 * float(gain.gains.std()) / 12**0.5)
+    assert gain.upper == pytest.approx(gain.mean + gain.half)
+    assert (gain.found.count.hits, gain.found.count.trials) == (6, 12)
+    assert gain.found.classes == ((3, 9),) * 4
+
+
+def site(labels: torch.Tensor) -> LocalTraining:
+    """One step of a small net on pictures of those labels."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(256, 8), nn.Tanh(), nn.Linear(8, 2))
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2, generator=generator)
+    return LocalTraining(model, model.state_dict(), labels, (torch.arange(len(labels)),), 0.5)
+
+
+def test_influences_add_up_to_the_update_as_it_was_treated() -> None:
+    """Exact for one step; clip and mask included."""
+    pictures, training = noise(6, 0), site(LABELS)
+    raw = training.update(pictures, differentiable=False)
+    kept = torch.arange(len(raw)) % 2
+    seen = Seen(raw * 0.3 * kept / 0.5, scale=0.3, keep=0.5)
+    total = torch.stack(
+        [
+            influences(training, seen, pictures[label == LABELS], label).sum(dim=0)
+            for label in (0, 1)
+        ]
+    ).sum(dim=0)
+    assert torch.allclose(total, seen.values, atol=1e-6)
+
+
+def recognised(noise_std: float, *, behind: bool = True) -> Found:
+    """An attacker who holds six pictures and 99 decoys of each class, in ten updates."""
+    found = []
+    for seed in range(10):
+        pictures, training = noise(6, 5 * seed), site(LABELS)
+        source = pictures if behind else noise(6, 5 * seed + 4)
+        raw = training.update(source, differentiable=False)
+        error = noise_std * torch.randn(raw.shape, generator=torch.Generator().manual_seed(seed))
+        seen = Seen(raw + error, noise_std=noise_std)
+        public = (noise(40, 5 * seed + 1), noise(40, 5 * seed + 2))
+        decoys = (noise(99, 5 * seed + 3), noise(99, 5 * seed + 103))
+        found.append(Recognition(training, seen, public).first(pictures, decoys))
+    return Found.pooled(found)
+
+
+def test_who_holds_the_candidates_finds_those_behind_a_raw_update() -> None:
+    found = recognised(0.0)
+    assert found.count.trials == 60
+    assert found.count.share > 0.3
+    assert found.by_chance < 1e-9
+
+
+@pytest.mark.parametrize(("noise_std", "behind"), [(10.0, True), (0.0, False)])
+def test_and_nobody_behind_noise_or_behind_another_update(
+    noise_std: float, *, behind: bool
+) -> None:
+    found = recognised(noise_std, behind=behind)
+    assert found.count.hits <= 60 * found.chance_limit(0.999)
+
+
+def test_candidates_are_not_recognised_over_several_steps_or_without_public_pictures() -> None:
+    several = LocalTraining(
+        site(LABELS).model, {}, LABELS, (torch.arange(3), torch.arange(3, 6)), 0.5
+    )
+    for training, public in ((several, (noise(4, 0),) * 2), (site(LABELS), (noise(0, 0),) * 2)):
+        with pytest.raises(MisuseError, match="one step"):
+            Recognition(training, Seen(torch.zeros(3)), public)

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the name that PyTorch's users know
 
 from sentinel import Guard
 from sentinel.demo import cohorts
 from sentinel.demo.hearts import network
 from sentinel.errors import Withheld
+from sentinel.stress.lab.subject import binary_loss
 from sentinel.stress.passive.columns import Recovery, Table, recovery
 from sentinel.stress.passive.local_training import LocalTraining, Seen
 from sentinel.stress.passive.relaxation import Pool, Relaxation, pooled, relax, softened
@@ -30,10 +30,6 @@ COHORT = cohorts.load("cleveland")
 HIDDEN = 64
 
 
-def loss(answers: Tensor, labels: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(answers[:, 0], labels)
-
-
 class _Round:
     """One hospital's rows, its training, and patients who were not part of it."""
 
@@ -47,7 +43,7 @@ class _Round:
         model = network(13, HIDDEN, draw)
         batches = torch.arange(batch).chunk(steps) * epochs
         start = {name: value.clone() for name, value in model.state_dict().items()}
-        self.training = LocalTraining(model, start, self.labels, batches, 0.05, loss=loss)
+        self.training = LocalTraining(model, start, self.labels, batches, 0.05, loss=binary_loss)
         self.draw = draw
 
     @property

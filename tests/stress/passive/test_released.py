@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812 - the name that PyTorch's users know
 
 from sentinel import Guard
 from sentinel.demo.hearts import network
 from sentinel.errors import MisuseError, Withheld
+from sentinel.stress.lab.subject import binary_loss
 from sentinel.stress.passive.local_training import LocalTraining
 from sentinel.stress.passive.released import let_out
 
@@ -33,10 +33,6 @@ keep = {keep}
 """
 
 
-def loss(answers: Tensor, labels: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(answers[:, 0], labels)
-
-
 def trained() -> tuple[LocalTraining, Tensor]:
     draw = torch.Generator().manual_seed(0)
     model = network(13, 256, draw)
@@ -44,7 +40,7 @@ def trained() -> tuple[LocalTraining, Tensor]:
     labels = (rows[:, 0] > 0).float()
     whole = (torch.arange(8),)
     start = {name: value.clone() for name, value in model.state_dict().items()}
-    return LocalTraining(model, start, labels, whole, 1.0, loss=loss), rows
+    return LocalTraining(model, start, labels, whole, 1.0, loss=binary_loss), rows
 
 
 def guard(folder: Path, ratio: float, keep: float) -> Guard:

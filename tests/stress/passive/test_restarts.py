@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn import functional as F  # noqa: N812 - the name that PyTorch's users know
 
 from sentinel.demo.hearts import network
+from sentinel.stress.lab.subject import binary_loss
 from sentinel.stress.passive.local_training import LocalTraining, Seen
 from sentinel.stress.passive.restarts import Restarts, descend, misfits
-
-
-def loss(answers: Tensor, labels: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(answers[:, 0], labels)
 
 
 def generator() -> torch.Generator:
@@ -26,7 +21,7 @@ def test_the_updates_of_an_ensemble_are_those_of_its_members(steps: int) -> None
     model = network(5, 7, draw)
     labels = torch.tensor([0.0, 1.0, 1.0, 0.0])
     batches = torch.arange(4).chunk(steps)
-    training = LocalTraining(model, model.state_dict(), labels, batches, 0.5, loss=loss)
+    training = LocalTraining(model, model.state_dict(), labels, batches, 0.5, loss=binary_loss)
     inputs = torch.randn(3, 4, 5, generator=draw)
     each = torch.stack([training.update(one, differentiable=False) for one in inputs])
     assert torch.allclose(Restarts(training, 3).updates(inputs), each, atol=1e-6)
@@ -36,7 +31,7 @@ def test_members_of_an_ensemble_do_not_touch() -> None:
     draw = generator()
     model = network(5, 7, draw)
     training = LocalTraining(
-        model, model.state_dict(), torch.ones(2), (torch.arange(2),), 0.5, loss=loss
+        model, model.state_dict(), torch.ones(2), (torch.arange(2),), 0.5, loss=binary_loss
     )
     inputs = torch.randn(3, 2, 5, generator=draw).requires_grad_()
     Restarts(training, 3).updates(inputs)[1].square().sum().backward()

@@ -17,7 +17,6 @@ from sentinel.interval import Count, difference
 from sentinel.stress.passive.local_training import LocalTraining, Seen
 from sentinel.stress.passive.notes import (
     ORDERS,
-    NoteBag,
     NoteTransformer,
     Vocabulary,
     initialise,
@@ -28,8 +27,10 @@ from sentinel.stress.passive.text import (
     Reading,
     TextAttacker,
     common_length,
+    embedding_of,
     frequencies,
     from_shares,
+    in_place,
     reading,
     spanned,
     words_present,
@@ -62,6 +63,23 @@ def written() -> tuple[Tensor, int]:
     return vocabulary.encode(notes), len(vocabulary.words)
 
 
+class Bag(nn.Module):
+    """The mean of the words' embeddings, one rectified layer, classes; the order has no part."""
+
+    def __init__(self, words: int, width: int) -> None:
+        """Make the layers; set their values with `initialise`."""
+        super().__init__()
+        with torch.device("meta"):
+            self.embedding = nn.EmbeddingBag(words, width, mode="mean")
+            self.rest = nn.Sequential(nn.Linear(width, 128), nn.ReLU(), nn.Linear(128, 2))
+        self.to_empty(device="cpu")
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens [N, T] to [N, 2]."""
+        answer: Tensor = self.rest(self.embedding(tokens))
+        return answer
+
+
 TOKENS, WORDS = written()
 LENGTH = TOKENS.shape[1]
 
@@ -74,7 +92,7 @@ class _Round:
         order = torch.randperm(len(TOKENS), generator=self.draw)
         self.notes, self.others = TOKENS[order[:batch]], TOKENS[order[200:]]
         self.likely = frequencies(TOKENS[order[50:200]], WORDS)
-        net = NoteBag(WORDS, 64) if bag else NoteTransformer(WORDS, LENGTH, 64)
+        net = Bag(WORDS, 64) if bag else NoteTransformer(WORDS, LENGTH, 64)
         initialise(net, self.draw)
         start = {name: value.clone() for name, value in net.state_dict().items()}
         labels = COHORT.labels[order[:batch]].long()
@@ -199,6 +217,25 @@ def test_shares_of_one_word_at_each_place_are_the_tokens() -> None:
     codes = nn.functional.one_hot(one.notes, WORDS).float().flatten(1)
     by_shares = from_shares(one.training, known).update(codes, differentiable=False)
     assert torch.allclose(by_shares, one.raw.values, atol=1e-5)
+
+
+def test_frequencies_are_shares_of_each_word_at_each_place_and_never_nothing() -> None:
+    found = frequencies(torch.tensor([[0, 2], [0, 1], [0, 2], [1, 2]]), 3)
+    assert torch.allclose(found.sum(1), torch.ones(2))
+    assert found[0].tolist() == pytest.approx([0.75, 0.25, 0.0], abs=2e-3)
+    assert found[1].tolist() == pytest.approx([0.0, 0.25, 0.75], abs=2e-3)
+    assert float(found.min()) > 0.0
+
+
+def test_words_in_place_are_counted_for_each_note_under_the_best_matching() -> None:
+    notes = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+    guesses = torch.tensor([[5, 6, 0, 0], [1, 2, 3, 0]])
+    assert in_place(guesses, notes).tolist() == [0.75, 0.5]
+
+
+def test_the_first_embedding_is_the_words() -> None:
+    assert embedding_of(NoteTransformer(5, 4, 8)) == "embedding"
+    assert embedding_of(nn.Linear(3, 2)) is None
 
 
 def test_a_net_without_an_embedding_is_refused() -> None:

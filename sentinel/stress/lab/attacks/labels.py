@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from sentinel.stress.lab.finding import Finding, Tally
 from sentinel.stress.passive.labels import Probes, count_labels, lone_label
@@ -31,6 +32,7 @@ class Labels:
     worth = 0.6
     seconds = 0.05
     wanted = 256
+    of_groups = False
 
     def misfit(self, subject: Subject, setting: Setting) -> str | None:
         """It needs a last layer that is fully connected, and more than one class."""
@@ -39,6 +41,11 @@ class Labels:
             return "it takes a model with an output for each class; this one has one output"
         if len(set(subject.train.labels.tolist())) < 2:  # noqa: PLR2004 - one class has no secret
             return "all records have one label"
+        head = _head(subject.model)
+        if head is None:
+            return "labels are read off a torch.nn.Linear as last layer; this model has none"
+        if subject.public is None and head.bias is None:
+            return "without public records, labels are read off a last layer with a bias"
         return None
 
     def run(
@@ -54,11 +61,23 @@ class Labels:
         return Finding((tally,))
 
 
+def _head(model: nn.Module) -> nn.Linear | None:
+    """The last fully connected layer."""
+    return next((part for part in [*model.modules()][::-1] if isinstance(part, nn.Linear)), None)
+
+
+def probes_of(case: Case) -> Probes | None:
+    """Public records that show usual embeddings; without labels where some output has none."""
+    known, head = case.subject.public, _head(case.model)
+    if known is None or head is None:
+        return None
+    labels = known.labels[:_PROBES].long()
+    whole = set(labels.tolist()) == set(range(head.out_features))
+    return Probes(known.inputs[:_PROBES], labels if whole else None)
+
+
 def _guess(case: Case) -> Tensor:
-    known = case.subject.public
-    probes = None
-    if known is not None:
-        probes = Probes(known.inputs[:_PROBES], known.labels[:_PROBES].long())
+    probes = probes_of(case)
     if case.setting.records > 1:
         counts = count_labels(case.training, case.seen, probes=probes)
         return counts[: case.subject.classes]  # a model may have outputs that no label uses

@@ -1,16 +1,26 @@
-"""Membership: was this record behind the update?"""
+"""Membership: was this record behind the update?
+
+Beside the figure stands a control: the same attack on raw updates with planted records in them,
+unlike any patient. An attacker who does not tell those from planted ones that stayed out could not
+see anybody.
+"""
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sentinel.stress.inference.loop import Loop
 from sentinel.stress.inference.membership import Attacker, Suspects, membership
 from sentinel.stress.inference.observed import raw, sanitized
+from sentinel.stress.inference.planted import outlying
 from sentinel.stress.lab.finding import Finding, Tally
+from sentinel.stress.lab.setting import HONEST
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +30,7 @@ if TYPE_CHECKING:
     from sentinel.stress.lab.exchange import Case
     from sentinel.stress.lab.setting import Setting
     from sentinel.stress.lab.subject import Subject
+    from sentinel.stress.layers import State
     from sentinel.stress.records import Records
 
 FEWEST = 8  # members under which a share says nothing
@@ -27,9 +38,12 @@ MARGIN = 0.05  # difference of the shares that counts as nothing
 OTHERS = "others called members"
 _MIXING = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 ATTACKER = Attacker(points=3, shadows=8)
+PLANTED = 4  # one in so many candidates is planted in the control
+CONTROL = "control: planted records called members, without guard"
+_MAIN = "joint"
 # The measures, the one that the verdict rests on first.
 _WORDS = {
-    "joint": "members called members (all candidates at once)",
+    _MAIN: "members called members (all candidates at once)",
     "shadow": "members called members (shadow trainings)",
     "drop": "members called members (fall of the loss)",
 }
@@ -45,14 +59,15 @@ class Membership:
         "and records of its own"
     )
     worth = 0.8
-    seconds = 0.5
+    seconds = 0.6
     wanted = 256
+    of_groups = False
 
     def misfit(self, subject: Subject, setting: Setting) -> str | None:
         """It needs enough members, others, records of its own, and gradients of one record."""
         if setting.records < FEWEST:
             return f"it takes at least {FEWEST} records behind an update"
-        if any(isinstance(part, _MIXING) for part in subject.model.modules()):
+        if mixes(subject.model):
             return "the model mixes the records of a batch (BatchNorm)"
         spare = len(subject.held_out) - setting.records
         own = spare if subject.public is None else len(subject.public)
@@ -65,26 +80,65 @@ class Membership:
     ) -> Finding:
         """Score members and others, and see how many of each are in the upper half."""
         del deadline  # one update takes about a second
-        members = len(behind)
+        loop, members = loop_of(case), len(behind)
         others, own = _others(case.subject, members, generator)
-        data = behind.plus(others)
-        epochs = case.setting.epochs
-        loop = Loop(
-            case.model,
-            case.subject.loss,
-            case.subject.rate,
-            epochs=max(1, epochs),
-            batch=case.subject.batch if epochs else None,
+        suspects = Suspects(behind.plus(others), members, own)
+        seen = observed(case, loop)
+        upper = _called(loop, seen, case.received, suspects, generator)
+        tallies = tuple(
+            _tally(measure, upper[name][:members], upper[name][members:])
+            for name, measure in _WORDS.items()
         )
-        scores = membership(
-            loop,
-            [_observed(case, loop)],
-            case.received,
-            Suspects(data, members, own),
-            attacker=ATTACKER,
-            generator=generator,
-        )
-        return Finding(tuple(_told(words, scores[name], members) for name, words in _WORDS.items()))
+        raw_and_honest = case.sent_back.decided is None and case.setting.server == HONEST
+        control = _control(loop, case, suspects, generator) if raw_and_honest else None
+        return Finding(tallies, control=control)
+
+
+def mixes(model: nn.Module) -> bool:
+    """Whether a layer mixes the records of a batch, so that none of them has a gradient."""
+    return any(isinstance(part, _MIXING) for part in model.modules())
+
+
+def loop_of(case: Case) -> Loop:
+    """The site's training as its server prescribed it; the order of batches is not in it."""
+    epochs = case.setting.epochs
+    return Loop(
+        case.model,
+        case.subject.loss,
+        case.subject.rate,
+        epochs=max(1, epochs),
+        batch=case.subject.batch if epochs else None,
+    )
+
+
+def observed(case: Case, loop: Loop) -> Observed:
+    """The update with all figures of its treatment but a bound on single values.
+
+    Values under such a bound are as they were; what it cut off others is one more error of the
+    replay.
+    """
+    decided = case.sent_back.decided
+    if decided is None:
+        return raw(loop, case.sent, case.received)
+    recipes = {
+        name: replace(recipe, max_abs=math.inf) for name, recipe in decided.done.recipes.items()
+    }
+    unbounded = replace(decided, done=replace(decided.done, recipes=recipes))
+    return sanitized(loop, case.sent, case.delta, unbounded)
+
+
+def _control(loop: Loop, case: Case, suspects: Suspects, generator: torch.Generator) -> Tally:
+    """Plant records among members and others alike, train anew, and see which are called in."""
+    members = suspects.cohort
+    count = max(1, members // PLANTED)
+    planted = outlying(suspects.data, 2 * count, generator)
+    kept = torch.arange(members - count)
+    inside = suspects.data.take(kept).plus(planted.take(torch.arange(count)))
+    outside = suspects.data.take(members + kept).plus(planted.take(count + torch.arange(count)))
+    local = loop.train(case.sent, inside, generator)
+    mixed = Suspects(inside.plus(outside), members, suspects.own)
+    upper = _called(loop, raw(loop, case.sent, local), local, mixed, generator)[_MAIN]
+    return _tally(CONTROL, upper[members - count : members], upper[-count:])
 
 
 def _others(subject: Subject, count: int, generator: torch.Generator) -> tuple[Records, Records]:
@@ -96,15 +150,26 @@ def _others(subject: Subject, count: int, generator: torch.Generator) -> tuple[R
     return chosen, own
 
 
-def _observed(case: Case, loop: Loop) -> Observed:
-    if case.sent_back.decided is None:
-        return raw(loop, case.sent, case.received)
-    return sanitized(loop, case.sent, case.delta, case.sent_back.decided)
+def _called(
+    loop: Loop, seen: Observed, final: State, suspects: Suspects, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Who is in the upper half by each attack, [candidates] of 0 or 1.
+
+    Candidates with equal scores are taken in an order that is drawn, or who comes first would be
+    told for nothing.
+    """
+    with sdpa_kernel(SDPBackend.MATH):  # the faster attentions take no records one by one
+        scores = membership(loop, [seen], final, suspects, attacker=ATTACKER, generator=generator)
+    shuffled = torch.randperm(len(suspects.data), generator=generator)
+    found = {}
+    for name in _WORDS:
+        ranked = scores[name][shuffled].argsort(descending=True, stable=True)
+        found[name] = torch.zeros(len(shuffled))
+        found[name][shuffled[ranked[: suspects.cohort]]] = 1.0
+    return found
 
 
-def _told(measure: str, scores: Tensor, members: int) -> Tally:
-    """Who is in the upper half; chance puts as many others there as members."""
-    upper = torch.zeros(len(scores))
-    upper[scores.argsort(descending=True)[:members]] = 1.0
-    values, chances = upper[:members].tolist(), upper[members:].tolist()
-    return Tally(measure, tuple(values), tuple(chances), margin=MARGIN, beside=OTHERS)
+def _tally(measure: str, members: Tensor, others: Tensor) -> Tally:
+    """Shares of both that are called members; chance calls as many of the one as of the other."""
+    values, chances = tuple(members.tolist()), tuple(others.tolist())
+    return Tally(measure, values, chances, margin=MARGIN, beside=OTHERS)

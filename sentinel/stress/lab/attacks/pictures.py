@@ -8,11 +8,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
-from sentinel.errors import MisuseError
 from sentinel.stress.lab.deadline import OutOfTimeError
 from sentinel.stress.lab.finding import Exhibit, Finding, Tally, exhibited
 from sentinel.stress.lab.subject import Kind
+from sentinel.stress.passive.dlg import Descent, match_distance
 from sentinel.stress.passive.estimate import Estimation, most_likely
 from sentinel.stress.passive.images import BATCH, LONE
 from sentinel.stress.passive.inversion import Matching, match_direction
@@ -31,11 +32,21 @@ if TYPE_CHECKING:
     from sentinel.stress.lab.subject import Subject
     from sentinel.stress.records import Records
 
+    _Search = Matching | Estimation | Descent
+
 COMPONENTS = 60  # directions per class of the prior, where there are enough public pictures
 DECOYS = 99  # a picture is to be found among so many others of its class
 MARGIN = 0.02  # mean SSIM over the class mean that counts as nothing
+# Exact where the net is smooth in its input, such as with sigmoids; of no use elsewhere.
+SHARP = Descent(iterations=100, restarts=2)
+GREY = 0.5
+_EDGED = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardtanh, nn.MaxPool2d)
 _FEWEST = 8  # directions below which a prior is not worth fitting
-_COSTS = {"search": 1.3, "product": 2.5}  # in units of one update and its derivative
+_COSTS = {
+    "search": 1.3,
+    "product": 2.5,
+    "descent": 1.6,
+}  # in units of one update and its derivative
 
 
 class Pictures:
@@ -47,29 +58,34 @@ class Pictures:
     worth = 1.0
     seconds = 6.0
     wanted = 4
+    of_groups = False
 
     def misfit(self, subject: Subject, setting: Setting) -> str | None:
-        """It takes grey pictures from 0 to 1, at least 11 pixels wide."""
+        """It takes pictures from 0 to 1, at least 11 pixels wide."""
         del setting
         if subject.kind is not Kind.IMAGE:
             return "the records are no pictures"
         inputs = subject.train.inputs
-        if inputs.shape[1] != 1 or min(inputs.shape[2:]) < WINDOW:
-            return f"it takes grey pictures [N, 1, H, W] of at least {WINDOW} pixels a side"
+        if min(inputs.shape[2:]) < WINDOW:
+            return f"it takes pictures of at least {WINDOW} pixels a side"
         if float(inputs.min()) < 0.0 or float(inputs.max()) > 1.0:
             return "it takes pixels from 0 to 1"
+        counts = subject.held_out.labels.long().bincount(minlength=subject.classes)
+        if int(counts.min()) == 0:
+            return "every class needs a held-out record, to find a picture among"
         return None
 
     def run(
         self, case: Case, behind: Records, generator: torch.Generator, deadline: Deadline
     ) -> Finding:
         """Rebuild, match to the truth within each class, and compare with the class mean."""
-        scale = _yardstick(case.subject)
+        scale = yardstick(case.subject)
         labels = behind.labels.long()
         best: Tensor | None = None
         found: list[float] = []
         cut = False
-        for guesses, shortened in _guesses(case, generator, deadline):
+        for found_ones, shortened in _guesses(case, generator, deadline):
+            guesses = found_ones.nan_to_num(GREY)  # a replay that diverges leaves no picture
             cut |= shortened
             matched = match_within_class(guesses, behind.inputs, labels)
             alike = ssim(matched, behind.inputs)
@@ -80,7 +96,7 @@ class Pictures:
         assert best is not None  # noqa: S101 - the first attacker always ends
         alike = ssim(best, behind.inputs)
         return Finding(
-            (_similarity(alike, scale, behind), _first(max(found), labels, case.subject)),
+            (similarity(alike, scale, behind), _first(max(found), labels, case.subject)),
             _exhibits(best, behind.inputs, alike),
             cut=cut,
         )
@@ -91,8 +107,7 @@ def _guesses(
 ) -> Iterator[tuple[Tensor, bool]]:
     """The pictures of each attacker that fits into the time, and whether others did not."""
     shape = case.subject.train.inputs.shape[1:]
-    size = (int(shape[1]), int(shape[2]))
-    pace, prior = _pace(case, shape), _prior(case.subject)
+    pace, prior = pace_of(case, shape), prior_of(case.subject)
     searches = _searches(case, prior)
     fitting = [search for search in searches if _cost(search, pace) <= deadline.left]
     if not fitting:  # a search that is cut short says nothing
@@ -101,33 +116,48 @@ def _guesses(
         if isinstance(search, Estimation):
             assert prior is not None  # noqa: S101 - `_searches` gives none without it
             guesses = most_likely(case.training, case.seen, prior, search, generator)
+        elif isinstance(search, Descent):
+            found = match_distance(case.training, case.seen, search, tuple(shape), generator)
+            guesses = found.pictures
         else:
-            guesses = match_direction(case.training, case.seen, search, size, generator)
+            guesses = match_direction(case.training, case.seen, search, tuple(shape), generator)
         late = deadline.passed and number < len(fitting)
         yield guesses, late or len(fitting) < len(searches)
         if late:
             return
 
 
-def _searches(case: Case, prior: ImagePrior | None) -> list[Matching | Estimation]:
+def _searches(case: Case, prior: ImagePrior | None) -> list[_Search]:
     """What is tried, the attacker that suits the treatment first."""
-    with_prior: list[Matching | Estimation] = [] if prior is None else [*BATCH.estimates.values()]
-    lone = case.setting.records == 1
-    plain: list[Matching | Estimation] = [LONE] if lone else [*BATCH.searches.values()]
+    with_prior: list[_Search] = [] if prior is None else [*BATCH.estimates.values()]
     noisy = case.sent_back.std > 0.0
-    if noisy and lone:
-        plain = [replace(LONE, total_variation=0.1, smoothing=1.5, iterations=200)]
-    return plain[:1] + with_prior if lone and not noisy else with_prior + plain
+    if case.setting.records == 1:
+        plain = lone_search(noisy=noisy)
+        sharp = [SHARP] if smooth(case.model) else []
+        return [*with_prior, plain] if noisy else [plain, *with_prior, *sharp]
+    return [*with_prior, *BATCH.searches.values()]
 
 
-def _cost(search: Matching | Estimation, pace: float) -> float:
+def smooth(model: nn.Module) -> bool:
+    """Whether no layer has an edge, as far as its modules show: what `SHARP` needs."""
+    return not any(isinstance(part, _EDGED) for part in model.modules())
+
+
+def lone_search(*, noisy: bool) -> Matching:
+    """Settings of the first-order search for one picture."""
+    return replace(LONE, total_variation=0.1, smoothing=1.5, iterations=200) if noisy else LONE
+
+
+def _cost(search: _Search, pace: float) -> float:
     """About how many seconds a search takes."""
     if isinstance(search, Estimation):
         return pace * _COSTS["product"] * search.rounds * search.products
+    if isinstance(search, Descent):
+        return pace * _COSTS["descent"] * search.restarts * search.iterations
     return pace * _COSTS["search"] * search.restarts * search.iterations
 
 
-def _pace(case: Case, shape: torch.Size) -> float:
+def pace_of(case: Case, shape: torch.Size) -> float:
     """Seconds that one update and its derivative take here; the first is slow, so the second."""
     inputs = torch.full((len(case.training.labels), *shape), 0.5, requires_grad=True)
     begun = 0.0
@@ -138,7 +168,7 @@ def _pace(case: Case, shape: torch.Size) -> float:
 
 
 @functools.lru_cache(maxsize=4)
-def _prior(subject: Subject) -> ImagePrior | None:
+def prior_of(subject: Subject) -> ImagePrior | None:
     """What the public pictures say; None where there are too few of a class."""
     if subject.public is None:
         return None
@@ -150,9 +180,9 @@ def _prior(subject: Subject) -> ImagePrior | None:
 
 
 @functools.lru_cache(maxsize=4)
-def _yardstick(subject: Subject) -> ImagePrior:
+def yardstick(subject: Subject) -> ImagePrior:
     """The class means: of public pictures, else of held-out ones. Only to score by."""
-    known = _prior(subject)
+    known = prior_of(subject)
     if known is not None:
         return known
     labels = subject.held_out.labels.long()
@@ -166,15 +196,13 @@ def _yardstick(subject: Subject) -> ImagePrior:
 @functools.lru_cache(maxsize=4)
 def _decoys(subject: Subject) -> tuple[Tensor, ...]:
     labels = subject.held_out.labels.long()
-    found = tuple(
+    return tuple(
         subject.held_out.inputs[labels == label][:DECOYS] for label in range(subject.classes)
     )
-    if any(len(own) == 0 for own in found):
-        raise MisuseError("Every class needs a held-out record, to find a picture among.")
-    return found
 
 
-def _similarity(alike: Tensor, scale: ImagePrior, behind: Records) -> Tally:
+def similarity(alike: Tensor, scale: ImagePrior, behind: Records) -> Tally:
+    """How alike guesses are to the pictures [N], beside the mean pictures of their classes."""
     means = ssim(scale.means[behind.labels.long()], behind.inputs)
     return Tally(
         "likeness of the pictures (SSIM, 1 is identical)",

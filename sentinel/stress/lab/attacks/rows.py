@@ -16,6 +16,7 @@ from sentinel.stress.passive.tabular import (
     guess_rows,
     guess_rows_untold,
     nearest,
+    read_mixtures,
     view,
 )
 
@@ -40,6 +41,7 @@ class Rows:
     worth = 1.0
     seconds = 0.05
     wanted = 96
+    of_groups = False
 
     def misfit(self, subject: Subject, setting: Setting) -> str | None:
         """It needs two fully connected layers in a row, the first on the records themselves."""
@@ -61,11 +63,7 @@ class Rows:
     ) -> Finding:
         """Guess rows, and count those that are records behind the update."""
         del generator, deadline  # nothing random, and done in a moment
-        seen = view(case.sent, case.received, *attacked_pair(case.model, case.sent))
-        back = case.sent_back
-        guesses = guess_rows(seen, Sanitizer(back.std / back.keep))  # the kept are x 1/keep
-        if back.std > 0.0:
-            guesses = torch.cat([guesses, guess_rows_untold(seen)])
+        guesses = guesses_at_rows(case)
         rows = behind.inputs.flatten(1)
         errors = nearest(guesses, rows)
         others = nearest(guesses, case.subject.held_out.inputs[:_YARDSTICK].flatten(1))
@@ -76,6 +74,19 @@ class Rows:
             ),
             _exhibits(guesses, behind.inputs, errors),
         )
+
+
+def guesses_at_rows(case: Case) -> Tensor:
+    """All guesses of the read-out, told of the treatment and untold, [guesses, features]."""
+    seen = view(case.sent, case.received, *attacked_pair(case.model, case.sent))
+    back = case.sent_back
+    told = Sanitizer(back.std / back.keep)  # the kept are x 1/keep
+    guesses = [guess_rows(seen, told)]
+    if case.secret is not None:
+        guesses.append(read_mixtures(seen, told, case.secret))
+    if back.std > 0.0:
+        guesses.append(guess_rows_untold(seen))
+    return torch.cat(guesses)
 
 
 def _within(measure: str, errors: Tensor, others: Tensor, limit: float) -> Tally:
