@@ -473,7 +473,7 @@ def cases(file: Path | None, hidden: int, share: float = 0.5) -> dict[str, Case]
             draw=xrays(pictures(file), share),
             rounds=20,
             splits=4,
-            attacker=Attacker(points=1, shadows=4, rounds=6),
+            attacker=Attacker(points=2, shadows=4, replays=32, rounds=6),
             attacked=1,
             planted_splits=3,
             score=xrays_score,

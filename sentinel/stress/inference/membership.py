@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 ATTACKS = ("loss", "drop", "cosine", "filter", "joint", "shadow")
 _TINY = 1e-12
 _FLOOR = 1e-3  # of the update's size: what a replay is taken to miss at least
-_REPLAYS = 8  # trainings on candidates, from which the attacker learns what a replay misses
+_LEAST_REPLAYS = 2
 _CROWD = 256  # of the server's own records, whose influences tell what a crowd's look like
 _REST = 0.03  # of that, in no direction of its own; tuned on raw updates of four hospitals
 _SHRINK = 0.2  # of a covariance over shadow trainings, towards its diagonal
@@ -58,18 +58,23 @@ class Attacker:
     Attributes:
         points: of the replayed training in which gradients are taken.
         shadows: trainings on its own data in each round.
+        replays: trainings on candidates in each round, from which it learns what a sum of
+            influences misses of an update.
         rounds: most of them that are replayed, evenly spread; all where left out.
     """
 
     points: int = 3
     shadows: int = 16
+    replays: int = 8
     rounds: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse an attacker that cannot replay or fit anything."""
-        if self.points < 1 or self.shadows < _LEAST_SHADOWS or self.rounds == 0:
+        few = self.shadows < _LEAST_SHADOWS or self.replays < _LEAST_REPLAYS
+        if self.points < 1 or few or self.rounds == 0:
             raise MisuseError(
-                f"an attacker needs a point, a round and {_LEAST_SHADOWS} shadow trainings or more"
+                f"an attacker needs a point, a round, {_LEAST_REPLAYS} replays and "
+                f"{_LEAST_SHADOWS} shadow trainings or more"
             )
 
     def chosen(self, seen: Sequence[Observed]) -> list[Observed]:
@@ -167,8 +172,7 @@ def membership(  # noqa: PLR0913 - each names one thing that the attacker has
     draws = torch.ones(attacker.shadows, len(suspects.own))
     cohorts = draws.multinomial(suspects.cohort, generator=generator)
     rounds = [
-        gather(loop, one, suspects, cohorts, attacker.points, generator)
-        for one in attacker.chosen(seen)
+        gather(loop, one, suspects, cohorts, attacker, generator) for one in attacker.chosen(seen)
     ]
     losses = _told(loop.losses(final, suspects.data))
     return {"loss": -losses, **judge(rounds, suspects.share)}
@@ -179,7 +183,7 @@ def gather(  # noqa: PLR0913, PLR0917 - as `membership`
     seen: Observed,
     suspects: Suspects,
     cohorts: Tensor,
-    points: int,
+    attacker: Attacker,
     generator: torch.Generator,
 ) -> Evidence:
     """Replay one round, and hold every candidate against what was released.
@@ -189,12 +193,12 @@ def gather(  # noqa: PLR0913, PLR0917 - as `membership`
         seen: the round.
         suspects: the candidates.
         cohorts: indices of the server's own records behind each shadow training, [shadows, m].
-        points: of the replayed training in which gradients are taken.
+        attacker: how hard it tries.
         generator: of the attacker.
     """
     data = suspects.data
     own = [suspects.own.take(chosen) for chosen in cohorts]
-    replay = _replay(loop, seen, suspects, points, generator)
+    replay = _replay(loop, seen, suspects, attacker, generator)
     updates = _updates(loop, seen, own, generator)
     if replay is None or not _whole(updates) or not _whole(seen.values):
         return _silent(loop, seen, suspects, len(cohorts))
@@ -314,7 +318,7 @@ class _Replay:
 
 
 def _replay(
-    loop: Loop, seen: Observed, suspects: Suspects, points: int, generator: torch.Generator
+    loop: Loop, seen: Observed, suspects: Suspects, attacker: Attacker, generator: torch.Generator
 ) -> _Replay | None:
     """Train on halves of the candidates, and see what the sum of influences misses of it.
 
@@ -322,9 +326,9 @@ def _replay(
         None where training diverges.
     """
     data, kept = suspects.data, seen.kept
-    halves = [_half(suspects, generator) for _ in range(_REPLAYS)]
+    halves = [_half(suspects, generator) for _ in range(attacker.replays)]
     path = loop.path(seen.sent, data.take(_half(suspects, generator)), generator)
-    influences = loop.influences(midway(path, points), data, suspects.cohort)
+    influences = loop.influences(midway(path, attacker.points), data, suspects.cohort)
     influences = influences[:, kept] * seen.factor[kept]
     updates = _updates(loop, seen, [data.take(half) for half in halves], generator)
     if not (_whole(updates) and _whole(influences)):
@@ -335,7 +339,9 @@ def _replay(
     least = _FLOOR**2 * updates.square().mean() + torch.finfo(updates.dtype).tiny
     rest = (_REST * missed.square().mean()).clamp_min(float(least))
     hidden = (seen.std[kept].square() + rest).sqrt()
-    return _Replay(influences, bias, hidden, _Shapes.of(missed / hidden, 1 / (_REPLAYS - 1)))
+    return _Replay(
+        influences, bias, hidden, _Shapes.of(missed / hidden, 1 / (attacker.replays - 1))
+    )
 
 
 def _half(suspects: Suspects, generator: torch.Generator) -> Tensor:
