@@ -71,9 +71,9 @@ class Source(Mapping[str, torch.Tensor], ABC):
     ) -> Iterator[tuple[list[Span], torch.Tensor]]:
         """The values of spans, in order: the spans of a run, and its values (values,); read only.
 
-        A run has up to `CHUNK` values, of one dtype and device, and of tensors for which `alike`
-        gives the same. It is valid until the next is asked for. Threads may read different spans
-        at once.
+        The spans are of one block, one for each tensor. A run has up to `CHUNK` values, of one
+        dtype and device, and of tensors for which `alike` gives the same. It is valid until the
+        next is asked for. Threads may read different spans at once.
         """
 
 

@@ -117,6 +117,24 @@ def test_a_state_that_changes_after_it_was_measured_is_not_read_to_the_end(
     assert torch.equal(read(found, "small"), found["small"].double())
 
 
+@pytest.mark.parametrize("joined", ["b", "c"])
+def test_small_tensors_that_change_after_they_were_measured_are_told_one_by_one(
+    joined: str,
+) -> None:
+    """Also where their sum stays what it was: each has a bound of its own."""
+    base = {name: torch.zeros(4) for name in "abcd"}
+    local = {name: torch.full((4,), float(place)) for place, name in enumerate("abcd")}
+    found = Differences(base, local, base)
+    (block,) = found.blocks(base)
+    assert [len(run) for run, _ in found.runs(block, lambda _: None)] == [4]
+    first, second = local["a"].clone(), local[joined].clone()
+    local["a"].copy_(second)
+    local[joined].copy_(first)
+    with pytest.raises(Withheld) as caught:
+        list(found.runs(block, lambda _: None))
+    assert caught.value.reason is Reason.LOCAL_MODEL_CHANGED
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e200])
 def test_what_cannot_be_measured_is_refused_by_name(bad: float) -> None:
     base = {"fine": torch.zeros(2), "w": torch.zeros(BLOCK + 9, dtype=torch.float64)}

@@ -357,6 +357,20 @@ def test_held_deltas_are_used_up() -> None:
     assert given_back(update, ["w"])["w"].data_ptr() == held.data_ptr()
 
 
+def test_values_of_several_tensors_are_settled_each_in_its_own_dtype_and_rounding() -> None:
+    """One run over two dtypes, and over tensors that carry noise beside one that does not."""
+    kinds = {"plain": torch.float16, "noised": torch.float16, "wide": torch.float32}
+    base = {name: torch.ones(2, dtype=kind) for name, kind in kinds.items()}
+    update = update_of(base, {name: value + 1 for name, value in base.items()})
+    assembly = update.assembly(list(base), noised=["noised", "wide"])
+    step = torch.finfo(torch.float16).eps
+    run = [Span(name, 0, 2) for name in base]
+    assembly.put(run, torch.tensor([0.75 * step, 0.5] * 3, dtype=torch.float64))
+    found = {name: value[0].item() - 1 for name, value in assembly.state().items()}
+    assert found == {"plain": 0.0, "noised": step, "wide": 0.75 * step}
+    assert all(value[1].item() == 1.5 for value in assembly.state().values())
+
+
 def test_values_under_a_name_that_is_not_released_are_not_taken() -> None:
     base = {"w": torch.zeros(3), "stays": torch.zeros(3)}
     assembly = update_of(base, {name: torch.ones(3) for name in base}).assembly(["w"])

@@ -236,15 +236,22 @@ def test_small_tensors_side_by_side_get_what_each_would_get_alone(fixed_entropy)
         "noised too": Recipe(std=1.0, step=STEP),
         "quieter": Recipe(std=0.5, step=STEP),
         "wide": Recipe(factor=0.25),
+        "narrow": Recipe(factor=0.5),
+        "thinned": Recipe(keep=0.25),
         "plain": Recipe(),
     }
     tensors = {name: torch.linspace(-1, 1, 999) for name in recipes}
     tensors["wide"] = tensors["wide"].double()
+    tensors["narrow"] = tensors["narrow"].bfloat16()
     made, squares = treat_all(Held(tensors), recipes, fixed_entropy(9))
     assert all(torch.equal(made[name], tensors["half"] / 2) for name in ("half", "half too"))
     assert torch.equal(made["limited"], tensors["limited"].clamp(-0.25, 0.25))
     assert torch.equal(made["wide"], tensors["wide"] / 4)
     assert torch.equal(made["plain"], tensors["plain"])
+    assert torch.equal(made["narrow"], tensors["narrow"] / 2)
+    kept = made["thinned"] != 0
+    assert kept.double().mean().item() == pytest.approx(0.25, abs=0.06)
+    assert torch.equal(made["thinned"][kept], 4 * tensors["thinned"][kept])
     noise = {name: (made[name] - tensors[name]).double() for name in recipes}
     for name, std in (("noised", 1.0), ("noised too", 1.0), ("quieter", 0.5)):
         assert noise[name].std().item() == pytest.approx(std, rel=0.1)

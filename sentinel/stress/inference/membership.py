@@ -425,12 +425,12 @@ def shadowed(rounds: Sequence[Evidence]) -> Tensor:
 def ceiling(
     loop: Loop, seen: Sequence[Observed], suspects: Suspects, *, points: int, order: torch.Generator
 ) -> Tensor:
-    """The most that any attack can gain on each candidate, all else known to it, [n] float64.
+    """To first order, the most that any attack can gain on each candidate, [n] float64.
 
-    With everybody else known, a record in or out is one of two normals, apart by its influence in
-    units of the noise: the advantage of the best test is 2 Phi(distance / 2) - 1, with distances of
-    rounds added in squares. To first order in the record: its effect on later rounds' global models
-    and on later steps of its own round is left out.
+    All else is known to it, so that a record in or out is one of two normals, apart by its
+    influence in units of the noise: the advantage of the best test is 2 Phi(distance / 2) - 1, with
+    distances of rounds added in squares. Left out is what the record does to later rounds' global
+    models, to later steps of its own round, and to the factor of the clip.
 
     Args:
         loop: how the site trains.
@@ -440,7 +440,8 @@ def ceiling(
         order: of the replays.
 
     Returns:
-        TPR - FPR; 1 where a value that the record moves was released without noise.
+        TPR - FPR; 1 where a value that the record moves was released without noise, and where
+        training diverges.
 
     Reference: Dong, Roth and Su, "Gaussian differential privacy", 2022, arXiv 1905.02383.
     """
@@ -451,7 +452,7 @@ def ceiling(
         moved = (moved * one.factor)[:, one.kept]
         apart = torch.where(moved == 0.0, 0.0, moved / one.std[one.kept])
         squares += apart.square().sum(1)
-    return torch.erf(squares.sqrt() / 8**0.5)
+    return torch.erf(squares.nan_to_num(torch.inf, torch.inf).sqrt() / 8**0.5)
 
 
 def ranked(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:

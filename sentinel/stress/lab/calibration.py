@@ -138,14 +138,15 @@ def calibrate(  # noqa: PLR0913 - each is one choice of the site
         bound of every gain is within its target; where the time is up before that, none is. No
         attack is begun after the time is up.
     """
-    work = _Calibration(_allowed(subject, loaded), loaded, targets, Deadline.after(seconds), seed)
+    allowed = _allowed(subject, loaded, seed)
+    work = _Calibration(allowed, loaded, targets, Deadline.after(seconds), seed)
     work.on_step = on_step or (lambda _done, _total: None)
     with one_thread(), scratch() as home:
         return work.run(home)
 
 
-def _allowed(subject: Subject, loaded: LoadedPolicy) -> Subject:
-    """The records that may be calibrated on."""
+def _allowed(subject: Subject, loaded: LoadedPolicy, seed: int) -> Subject:
+    """The records that may be calibrated on; public ones are halved at random."""
     privacy = loaded.policy.privacy
     if privacy is None:
         return subject
@@ -160,7 +161,8 @@ def _allowed(subject: Subject, loaded: LoadedPolicy) -> Subject:
             "loader give public ones, under the key public."
         )
     half = len(subject.public) // 2
-    some = torch.arange(len(subject.public))
+    generator = torch.Generator().manual_seed(seed)
+    some = torch.randperm(len(subject.public), generator=generator)  # files come sorted
     first, second = subject.public.take(some[:half]), subject.public.take(some[half:])
     return replace(subject, train=first, held_out=second, public=None)
 
@@ -214,7 +216,10 @@ class _Calibration:
         return Calibrated(text, ratio, keep, norm, self._evidence, self._tried, self._cut)
 
     def _set_norm(self) -> float:
-        """The median norm of updates of local epochs, so that the bound binds on every second."""
+        """The median norm of updates of local epochs, so that the bound binds on every second.
+
+        Under a promise its own `clip_norm` stays.
+        """
         if fixed_knob(self._loaded, Knob.MAX_NORM):
             assert self._loaded.policy.privacy is not None  # noqa: S101 - that is what fixes it
             return self._loaded.policy.privacy.clip_norm
@@ -348,15 +353,17 @@ class _Calibration:
         name = f"{self._whole.policy.name.removesuffix('-calibrated')}-calibrated"
         policy = whole.policy.model_copy(update={"name": name})
         promised = policy.privacy is not None
+        norm = "clip_norm of the promise" if promised else "the median norm of this site's updates"
         comments = [
             f"Calibrated by `sentinel stress calibrate` on {dt.datetime.now(dt.UTC):%Y-%m-%d},",
             f'from policy "{self._whole.policy.name}"'
             + (", on public records alone: it makes a promise." if promised else "."),
             "",
-            f"Weakest noise_ratio found: {ratio:g} (keep {keep:g}, max_norm: the median norm of",
-            f"this site's updates); {self._tried} turns of the knobs were measured. Confirmed on",
-            "records drawn anew, through the guard, its inspection off and rules with `when` out.",
-            "The upper end of each 95 % interval is within what was allowed:",
+            f"Weakest noise_ratio found: {ratio:g} (keep {keep:g}, max_norm: {norm});",
+            f"{self._tried} turns of the knobs were measured. Confirmed on records drawn anew,",
+            "through the guard, its inspection off and rules with `when` out. The upper end of",
+            "each 95 % interval is within what was allowed; n counts appearances: updates draw on",
+            "the same records, so that one may count several times.",
             *(line for one in evidence for line in _wrapped(one.words)),
             "",
             "This holds for these attacks, this model and these records; another attacker may do",

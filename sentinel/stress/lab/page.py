@@ -30,8 +30,10 @@ _FIGURES = """<details><summary>How to read the figures</summary><p>Each figure 
 somebody gets who knows nothing of the update: patients resemble one another, so that some guesses
 fit by luck. Only the difference counts. <em>Read exactly</em> is a relative error under 1 %,
 <em>closely</em> under 30 %. SSIM compares two pictures: 1 is identical. A <em>prior</em> is what
-public pictures teach about all pictures of a kind. The 95 % intervals take records as independent,
-and are wider where several comparisons are made (Bonferroni).</p></details>"""
+public pictures teach about all pictures of a kind. <em>n</em> counts appearances: all updates draw
+on the same records of this site, so that one record may count several times. The 95 % intervals
+take records as independent, and are wider where several comparisons are made
+(Bonferroni).</p></details>"""
 
 
 _LONG = 12  # lines from which a list is folded

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _TRIED = 2  # guesses in a trial, and records in each
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=1)
 def unreplayable(subject: Subject) -> str | None:
     """Why no search with many restarts can be run on this model, as a sentence; None where it can.
 

@@ -150,8 +150,8 @@ class Result:
     @property
     def confidence(self) -> float:
         """Of each single comparison, so that all of them together hold with 95 % (Bonferroni)."""
-        findings = [row.policy.finding for row in self.rows if row.policy.finding is not None]
-        count = sum(len(finding.tallies) for finding in findings)
+        sides = [side for row in self.rows for side in (row.policy, row.alone)]
+        count = sum(len(side.finding.tallies) for side in sides if side.finding is not None)
         return 1.0 - (1.0 - CONFIDENCE) / max(1, count)
 
     @property

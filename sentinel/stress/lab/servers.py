@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 _FIRST = ("binning-gaussian", "binning-scaled", "qbi", "trap-weights", "fishing-class")
 
 
+# What they do to one client in one round is nothing by itself, so that they would look withstood.
+ALONE_NOTHING = {
+    "suppression": "it needs several clients, all but one of whom send nothing, and their sum",
+    "scan": "it needs many rounds; in one it shows a single part of its line",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Crafted:
     """What a server sends, and the mixtures of neurons that it alone knows to read by."""
@@ -90,7 +97,7 @@ class Malicious:
 
 def _ordered() -> list[Recipe]:
     return sorted(
-        RECIPES,
+        (recipe for recipe in RECIPES if recipe.name not in ALONE_NOTHING),
         key=lambda recipe: _FIRST.index(recipe.name) if recipe.name in _FIRST else len(_FIRST),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sentinel.stress.lab.attacks import ATTACKS
-from sentinel.stress.lab.servers import SERVERS
+from sentinel.stress.lab.servers import ALONE_NOTHING, SERVERS
 
 if TYPE_CHECKING:
     from sentinel.stress.lab.finding import Tally
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 NEVER_TRIED = (
     "attackers who combine the updates of many rounds",
     "several hospitals' updates put together, and servers that send each client another model",
+    *(f"the server {name}: {why}" for name, why in ALONE_NOTHING.items()),
     "training code that wants to leak: the guard runs beside it and trusts it",
     "what timing, and the fact that an update was withheld, give away",
 )
@@ -37,11 +38,11 @@ def verdict(result: Result) -> str:
                 "Nothing can be said: no attack on an update that this policy let out was through "
                 "before the test ended. Give it more time."
             )
-        kinds = "1 kind of attack" if tried == 1 else f"{tried} kinds of attack"
+        kinds = "1 kind of attack was" if tried == 1 else f"{tried} kinds of attack were"
         return (
-            f"From the updates that this policy let out, {kinds} got no more than somebody who "
-            "never saw them. This is what these attackers could not do in this test; another "
-            "attacker may do better."
+            f"From the updates that this policy let out, {kinds} not shown to get more than "
+            "somebody who never saw them, beyond what passes. This holds for these attackers in "
+            "this test; another attacker may do better."
         )
     row, tally = max(leaks, key=lambda one: one[1].gain)
     return (
@@ -88,9 +89,9 @@ def _controlled(result: Result) -> str | None:
     if found is None:
         return None
     figures = (
-        f"of planted records, unlike any patient, it called {found.mean:.2f} members where they "
-        f"were in an update without a guard, and {found.chance:.2f} where they were not "
-        f"({len(found.values)} of each)"
+        f"planted records are unlike any patient, and it called {100 * found.mean:.0f} % of them "
+        f"members where they were in an update without a guard, {100 * found.chance:.0f} % where "
+        f"they were not ({len(found.values)} of each)"
     )
     if result.blind:
         return (
@@ -101,28 +102,25 @@ def _controlled(result: Result) -> str | None:
 
 
 def assurance(result: Result) -> str | None:
-    """How large a gain the figures leave open, for each attack where it was measured best."""
-    best: dict[str, Tally] = {}
+    """How large a gain the figures leave open, for each attack where they leave most open."""
+    most: dict[str, tuple[float, Tally]] = {}
     for row in result.through:
         assert row.policy.finding is not None  # noqa: S101 - that is what `through` means
-        tally, known = row.policy.finding.main, best.get(row.item.attack)
-        if known is None or len(tally.values) > len(known.values):
-            best[row.item.attack] = tally
-    if not best:
+        tally, known = row.policy.finding.main, most.get(row.item.attack)
+        high = max(0.0, min(1.0, tally.interval(result.confidence).high))
+        if known is None or high > known[0]:
+            most[row.item.attack] = (high, tally)
+    if not most:
         return None
     told = ", ".join(
-        f"{name} {_most(tally, result.confidence)} ({len(tally.values)} {tally.of})"
-        for name, tally in best.items()
+        f"{name} {high:.2f} ({len(tally.values)} {tally.of})"
+        for name, (high, tally) in most.items()
     )
     return (
         "How much more than knowing nothing an attacker may still have got from what was let out, "
-        f"at most, where it was measured on most: {told}; 95 % for all comparisons together."
+        f"at most, under the condition that leaves most open: {told}; 95 % for all comparisons "
+        "together."
     )
-
-
-def _most(tally: Tally, confidence: float) -> str:
-    """Upper end of the gain's interval, never more than all of it."""
-    return f"{max(0.0, min(1.0, tally.interval(confidence).high)):.2f}"
 
 
 def tried(result: Result) -> list[tuple[str, str, str]]:
@@ -181,7 +179,7 @@ def _kept(result: Result) -> str | None:
         return None
     listed = ", ".join(f"{reason} ({count} times)" for reason, count in reasons.items())
     return (
-        f"The guard kept updates in, or refused the round: {listed}. What is kept in cannot be "
+        f"The guard kept updates in, or refused the round: {listed}. What is kept in was not "
         "attacked."
     )
 

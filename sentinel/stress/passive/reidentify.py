@@ -93,12 +93,12 @@ def match_within_class(guesses: Tensor, pictures: Tensor, labels: Tensor) -> Ten
     """Give each picture one guess of its class, so that the mean similarity is as high as can be.
 
     Args:
-        guesses: [N, 1, H, W], in any order within a class.
-        pictures: [N, 1, H, W], the truth.
+        guesses: [N, C, H, W], in any order within a class.
+        pictures: [N, C, H, W], the truth.
         labels: [N], of both.
 
     Returns:
-        [N, 1, H, W]: the guesses, each in the place of its picture.
+        [N, C, H, W]: the guesses, each in the place of its picture.
     """
     matched = guesses.clone()
     for label in set(labels.tolist()):
@@ -125,10 +125,10 @@ def ranked_first(
     picture found where the reconstructions hold nothing at all.
 
     Args:
-        guesses: [N, 1, H, W].
-        pictures: [N, 1, H, W], the truth.
+        guesses: [N, C, H, W].
+        pictures: [N, C, H, W], the truth.
         labels: [N], of both.
-        decoys: for each class [M, 1, H, W], pictures that are not behind the update.
+        decoys: for each class [M, C, H, W], pictures that are not behind the update.
         prior: gives the class means.
 
     Raises:
@@ -161,7 +161,7 @@ class Recognition:
     Attributes:
         training: how the site trained, labels included; one step on all records.
         seen: the update.
-        public: for each class of the model, [M, 1, H, W].
+        public: for each class of the model, [M, C, H, W].
 
     Raises:
         MisuseError: several steps, or a class without public pictures.
@@ -178,7 +178,7 @@ class Recognition:
             raise MisuseError(msg)
 
     def ratios(self, candidates: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Log likelihood ratios [M] of candidates [M, 1, H, W] of each class."""
+        """Log likelihood ratios [M] of candidates [M, C, H, W] of each class."""
         counts = self.training.labels.bincount(minlength=len(self.public)).tolist()
         known = [
             influences(self.training, self.seen, own, label)
@@ -207,7 +207,7 @@ class Recognition:
         return tuple(found)
 
     def first(self, pictures: Tensor, decoys: tuple[Tensor, ...]) -> Found:
-        """Count the pictures [N, 1, H, W] behind the update that come before every decoy."""
+        """Count the pictures [N, C, H, W] behind the update that come before every decoy."""
         labels = self.training.labels
         own = tuple(pictures[labels == label] for label in range(len(decoys)))
         ratios = self.ratios(tuple(torch.cat(both) for both in zip(own, decoys, strict=True)))
@@ -225,7 +225,7 @@ def influences(training: LocalTraining, seen: Seen, pictures: Tensor, label: int
     Args:
         training: how the site trained; of its labels only their number is used.
         seen: gives scale and mask.
-        pictures: [M, 1, H, W].
+        pictures: [M, C, H, W].
         label: of all of them.
     """
     parameters = {name: training.global_state[name].detach() for name in training.names}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import TYPE_CHECKING, Concatenate, ParamSpec
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
@@ -91,7 +93,7 @@ def fitted(craft: Crafting[P]) -> Crafting[P]:
             msg = f"{error}; left out, since their weights are parametrized: {', '.join(left_out)}"
             raise MisuseError(msg) from error
         except RuntimeError as error:
-            if kwargs.get("sample") is None:
+            if not _refuses(plain, kwargs.get("sample")):
                 raise
             msg = "the model needs public records of the shape and dtype that it takes"
             raise MisuseError(msg) from error
@@ -122,3 +124,15 @@ def _shared(model: nn.Module, state: Mapping[str, Tensor], crafted: State) -> St
         for name in group if bent else ():
             crafted[name] = crafted[bent[0]].clone()
     return crafted
+
+
+def _refuses(model: nn.Module, sample: object) -> bool:
+    """Whether it is the records that the model cannot take."""
+    if not isinstance(sample, Tensor):
+        return False
+    try:
+        with torch.no_grad():
+            copy.deepcopy(model).eval()(sample[:2])
+    except RuntimeError:
+        return True
+    return False

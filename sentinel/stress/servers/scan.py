@@ -134,6 +134,7 @@ class Search:
         """
         self._sample, self._direction, self._layer, self._scale = sample, direction, layer, scale
         self._line: Tensor | None = None
+        self._reach = 0.0  # how far along the line a record could lie
         self._cuts: list[float] = []
         self._open: list[_Bin] | None = None
         self._steps: list[float] = []
@@ -166,8 +167,9 @@ class Search:
             raise MisuseError(msg)
         if self._line is None:
             self._line = line_of(self._direction, weight.shape[1], generator)
-            along = layer_inputs(model, state, self._sample, first).float().cpu() @ self._line
-            self._cuts = _first_cuts(along, len(bias))
+            inputs = layer_inputs(model, state, self._sample, first).float().cpu()
+            self._reach = float(self._line.norm() * inputs.norm(dim=1).max())
+            self._cuts = _first_cuts(inputs @ self._line, len(bias))
         elif self._open:
             self._cuts = _next_cuts(self._open, len(bias), _usual(self._steps))
         weight.copy_(self._line.expand_as(weight))
@@ -193,7 +195,7 @@ class Search:
             found = [one for one in found if any(_inside(one, other) for other in split)]
         self._steps += [one.step for one in found if one.low <= one.place <= one.high]
         usual = _usual(self._steps)
-        finest = FINEST * float(self._line.norm() * self._sample.float().norm(dim=-1).max())
+        finest = FINEST * self._reach
         several = [
             one for one in found if not _is_single(one, usual) and one.high - one.low > finest
         ]
@@ -250,7 +252,7 @@ def _usual(steps: list[float]) -> tuple[float, float]:
 def _is_single(one: _Bin, usual: tuple[float, float]) -> bool:
     """Whether one record alone seems to lie in the bin: a usual error, read where the bin is."""
     unit = usual[0] if one.step > 0 else usual[1]
-    return one.low <= one.place <= one.high and abs(one.step / unit - 1) < LIKE
+    return one.low <= one.place <= one.high and abs(one.step - unit) < LIKE * abs(unit)
 
 
 def _is_split(one: _Bin, cuts: list[float]) -> bool:

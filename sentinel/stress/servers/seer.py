@@ -1,6 +1,6 @@
 """Family F, with a secret: records come apart in mixtures of neurons that the server alone knows.
 
-No neuron fires for few records and no neuron's update holds a record. Groups of neurons fire
+Few neurons fire for few records, and few updates of a neuron hold a record. Groups of neurons fire
 together for all records but those of one thin slice of a line; a group's secret mixture of updates
 is zero for what fires all of them, and so holds the records of its slice alone. In the published
 attack a net and its decoder learn this together, which takes far longer than a round. Here slices
@@ -139,8 +139,8 @@ def _slice(  # noqa: PLR0913, PLR0917 - private: one group of the layer
 def _fitted_behind(fires: Tensor, wanted: Tensor, mixtures: Tensor) -> tuple[Tensor, Tensor]:
     """Return the next layer's weight and bias, by ridge regression under the secret's constraint.
 
-    Every column of a group is drawn as the honest one would be fitted, but the last makes the
-    mixture of all of them zero. So the records that fire the whole group leave no trace in it.
+    All columns of a group but the last are fitted freely, and the last makes the mixture of all of
+    them zero. So the records that fire the whole group leave no trace in it.
 
     Args:
         fires: [n, neurons] what the crafted layer gives for the public records.

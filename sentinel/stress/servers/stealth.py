@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sentinel.errors import MisuseError
 from sentinel.stress.layers import State, attacked_pair, copied
+from sentinel.stress.servers.craft import Learner
 from sentinel.stress.servers.fit import fitted
 from sentinel.stress.servers.rows import jittered_rows, row_scales
 
@@ -136,7 +138,13 @@ WRAPPERS: dict[str, Callable[[Craft], Craft]] = {
 
 
 def _wrapped(craft: Craft, bend: Bend) -> Craft:
-    """Return a craft that bends what `craft` returns once more."""
+    """Return a craft that bends what `craft` returns once more.
+
+    Raises:
+        MisuseError: the craft learns from what comes back, which would come back of another model.
+    """
+    if isinstance(craft, Learner):
+        raise MisuseError("a search learns from the model that it sent itself; it cannot be bent")
 
     @fitted
     def hidden(

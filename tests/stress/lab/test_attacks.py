@@ -12,14 +12,16 @@ from torch import nn
 
 from sentinel.policy.store import parse_policy
 from sentinel.stress.lab.attacks import ATTACKS
-from sentinel.stress.lab.attacks.columns import _table
+from sentinel.stress.lab.attacks.columns import _luckiest, _table
 from sentinel.stress.lab.attacks.membership import PLANTED
+from sentinel.stress.lab.attacks.pictures import yardstick
 from sentinel.stress.lab.attacks.rows import guesses_at_rows
 from sentinel.stress.lab.deadline import Deadline, OutOfTimeError
 from sentinel.stress.lab.exchange import GuardedDoor, Site, raw
 from sentinel.stress.lab.loading import subject_of
 from sentinel.stress.lab.servers import SERVERS, trains
 from sentinel.stress.lab.setting import HONEST, Setting
+from sentinel.stress.passive.columns import Column, Table
 from sentinel.stress.passive.fedavg import Simulation
 from sentinel.stress.passive.inversion import Matching
 from sentinel.stress.passive.relaxation import Relaxation
@@ -143,6 +145,30 @@ def test_pictures_under_a_diverging_replay_are_guesses_and_no_error(images, name
     assert found.main.gain <= 0.02
 
 
+def test_pictures_are_found_by_the_attacker_that_rebuilt_them_best_and_by_no_other(
+    images, monkeypatch
+) -> None:
+    """One gives another picture of the class; one the true one, with far too much contrast."""
+    site = Site(images, torch.Generator().manual_seed(0))
+    update = site.update(Setting(records=1), SERVERS[HONEST])
+    truth, label = update.behind.inputs, update.behind.labels.long()
+    mean = yardstick(images).means[label]
+    other = images.held_out.inputs[images.held_out.labels == label][:1]
+    harsh = mean + 20.0 * (truth - mean)
+    case = site.case(update, raw(update))
+
+    def found(*guesses: torch.Tensor) -> Finding:
+        given = iter([(one, False) for one in guesses])
+        monkeypatch.setattr("sentinel.stress.lab.attacks.pictures._guesses", lambda *_: given)
+        generator, deadline = torch.Generator(), Deadline.after(600.0)
+        return ATTACKS["pictures"].run(case, update.behind, generator, deadline)
+
+    assert found(harsh).tallies[1].mean == 1.0
+    for order in ((other, harsh), (harsh, other)):
+        assert found(*order).main.mean == found(other).main.mean > found(harsh).main.mean
+        assert found(*order).tallies[1].mean == 0.0
+
+
 def test_words_of_a_lone_raw_text_are_named_and_put_in_order(texts) -> None:
     named, placed = attacked(texts, "words", Setting(records=1)).tallies
     assert named.mean == 1.0
@@ -162,6 +188,25 @@ def test_genotypes_of_a_lone_person_are_all_read(people, monkeypatch) -> None:
     right, whole = attacked(people, "genotypes", Setting(records=1)).tallies
     assert right.mean == whole.mean == 1.0
     assert right.chance < 0.8
+
+
+def test_genotypes_that_were_read_out_are_kept_where_no_time_is_left_to_search(people) -> None:
+    found = attacked(people, "genotypes", Setting(records=1), seconds=0.0)
+    assert found.cut
+    assert found.main.mean == 1.0
+
+
+def test_words_are_not_named_where_no_time_is_left_to_order_them(texts) -> None:
+    with pytest.raises(OutOfTimeError):
+        attacked(texts, "words", Setting(records=1), seconds=0.0)
+
+
+def test_chance_is_given_the_same_choice_of_guesses_as_the_attacker() -> None:
+    """Two sets of guesses, each right for other rows: both rows find the one that suits."""
+    table = Table((Column.learnt(torch.tensor([[0.0], [1.0]]), 2),) * 2)
+    ones, zeros = torch.ones(1, 2), torch.zeros(1, 2)
+    for rows in (ones, zeros):
+        assert bool(_luckiest((ones, zeros), rows, table)[1].all())
 
 
 def test_a_whole_row_is_found_by_search_and_named_columns_are_categories(monkeypatch) -> None:

@@ -12,7 +12,14 @@ from torch import nn
 from sentinel.errors import MisuseError
 from sentinel.policy.store import parse_policy
 from sentinel.stress.lab.attacks import ATTACKS
-from sentinel.stress.lab.calibration import HIGHEST, LOWEST, _allowed, calibrate
+from sentinel.stress.lab.calibration import (
+    HIGHEST,
+    LOWEST,
+    _allowed,
+    _Calibration,
+    calibrate,
+)
+from sentinel.stress.lab.deadline import Deadline
 from sentinel.stress.records import Records
 
 if TYPE_CHECKING:
@@ -52,6 +59,7 @@ def test_the_weakest_noise_that_ends_close_reads_is_found_and_written(
     assert policy.rules[0].max_norm == found.max_norm
     assert policy.name == "plain-calibrated"
     assert "No formal guarantee" in found.text
+    assert "max_norm: the median norm of this site's updates" in found.text
 
 
 @pytest.mark.slow
@@ -120,9 +128,27 @@ def test_under_a_promise_private_records_are_refused_and_public_ones_taken(table
     generator = torch.Generator().manual_seed(9)
     rows = torch.randn(80, 8, generator=generator)
     public = Records(rows, (rows[:, 0] > 0).float())
-    seen = _allowed(replace(table, public=public), promise())
-    assert torch.equal(torch.cat([seen.train.inputs, seen.held_out.inputs]), rows)
+    seen = _allowed(replace(table, public=public), promise(), 0)
+    found = torch.cat([seen.train.inputs, seen.held_out.inputs])
+    assert sorted(found.tolist()) == sorted(rows.tolist())
     assert seen.public is None
+
+
+def test_public_records_in_order_of_their_class_are_halved_with_both_in_each(table) -> None:
+    generator = torch.Generator().manual_seed(9)
+    public = Records(torch.randn(80, 8, generator=generator), (torch.arange(80) >= 40).float())
+    seen = _allowed(replace(table, public=public), promise(), 0)
+    assert len(seen.train) == len(seen.held_out) == 40
+    assert all(10 < int(part.labels.sum()) < 30 for part in (seen.train, seen.held_out))
+
+
+def test_under_a_promise_the_file_says_that_its_clip_norm_is_the_bound(table) -> None:
+    """The median norm of the updates was not taken, so that it is not spoken of."""
+    work = _Calibration(table, promise(), {"rows": 1.0}, Deadline.after(600.0), 0)
+    assert work._set_norm() == 1.0
+    text = work._text(16.0, 1.0, ())
+    assert "max_norm: clip_norm of the promise" in text
+    assert "median" not in text
 
 
 def test_private_training_has_no_noise_ratio_to_calibrate(table) -> None:

@@ -1,28 +1,22 @@
 """DLG rebuilds a picture, and its label, from the raw gradient of a smooth net; noise ends it."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import nn
 
-from sentinel.crew import one_thread
 from sentinel.demo import xray_data
 from sentinel.stress.passive.dlg import Descent, match_distance
 from sentinel.stress.passive.inversion import Matching, match_jointly
 from sentinel.stress.passive.local_training import LocalTraining, Seen
 from sentinel.stress.ssim import ssim
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DATA = xray_data.load()
 SIZE = (28, 28)
 PICTURE, LABEL = DATA.hospital.images[:1], DATA.hospital.labels[:1]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 def generator(seed: int = 1) -> torch.Generator:

@@ -1,13 +1,11 @@
 """Local steps in an unknown order are simulated, which beats taking the update for one step."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from sentinel.crew import one_thread
 from sentinel.demo import xray_data
 from sentinel.stress.passive.estimate import Estimation, most_likely
 from sentinel.stress.passive.fedavg import (
@@ -24,15 +22,11 @@ from sentinel.stress.passive.prior import smooth_prior
 from sentinel.stress.passive.reidentify import match_within_class
 from sentinel.stress.ssim import ssim
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DATA = xray_data.load()
 SIZE = (28, 28)
 LOOP = LocalLoop(epochs=3, batch=1)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -3,7 +3,6 @@
 import io
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -13,7 +12,6 @@ import torch
 from torch import nn
 
 from sentinel import Guard
-from sentinel.crew import one_thread
 from sentinel.demo import xray_data
 from sentinel.demo.xray_hospital import initialise, xray_net
 from sentinel.stress.layers import copied
@@ -26,7 +24,7 @@ from sentinel.stress.passive.prior import ImagePrior, filled_prior, fit_prior, s
 from sentinel.stress.passive.reidentify import Recognition
 from sentinel.stress.ssim import ssim
 
-pytestmark = pytest.mark.usefixtures("known_noise")
+pytestmark = pytest.mark.usefixtures("one_thread", "known_noise")
 DATA = xray_data.load()
 SIZE = (28, 28)
 SMOOTH = smooth_prior(SIZE, 2)
@@ -43,12 +41,6 @@ max_norm = 0.01
 noise_ratio = {ratio}
 keep = {keep}
 """
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """The image attacker succeeds on few pictures and little noise, and fails where it should."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,17 +17,10 @@ from sentinel.stress.passive.prior import ImagePrior, fit_prior
 from sentinel.stress.passive.reidentify import match_within_class, ranked_first
 from sentinel.stress.ssim import ssim
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZE = (28, 28)
 DATA = xray_data.load()
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small tensors: a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

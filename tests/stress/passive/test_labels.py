@@ -1,28 +1,23 @@
 """Labels come back from the last layer: one record's always, several records' counts nearly so."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
-from sentinel.crew import one_thread
 from sentinel.demo import xray_data
 from sentinel.demo.xray_hospital import initialise, xray_net
 from sentinel.errors import MisuseError
 from sentinel.stress.passive.labels import Probes, count_labels, lone_label
 from sentinel.stress.passive.local_training import LocalTraining, Seen
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DATA = xray_data.load()
 CLASSES = 10
 MADE_UP = torch.randint(0, CLASSES, (280,), generator=torch.Generator().manual_seed(5))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -1,7 +1,5 @@
 """Matching and ranking: what is there is found, and what is not is at chance."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -21,14 +19,7 @@ from sentinel.stress.passive.reidentify import (
 )
 from sentinel.stress.ssim import ssim
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small tensors: a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def noise(count: int, seed: int) -> torch.Tensor:

@@ -23,21 +23,11 @@ from sentinel.stress.passive.tabular import UNTREATED, Reads, Sanitizer
 from sentinel.stress.servers import Stealth, binning, isolation
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
-pytestmark = pytest.mark.usefixtures("known_noise")
+pytestmark = pytest.mark.usefixtures("one_thread", "known_noise")
 EXACT_AT_64, EXACT_AT_256 = 0.37, 0.73  # honest model, batch of 8: the project's reference figures
 NEAR_AT_ONE = {0.05: 1.0, 0.5: 0.98, 1.0: 0.64, 2.0: 0.22, 5.0: 0.0}  # one record, by noise ratio
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices this small lose time to a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -18,13 +18,13 @@ from sentinel.stress.servers import Public, measure
 from sentinel.stress.servers.raw import count_read, gradient_of, rows_read, viewed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor
 
     from sentinel.stress.layers import State
 
     Batches = list[tuple[Tensor, Tensor]]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LENET = Net("lenet-256", lambda: nets.lenet(256, 10), (1, 28, 28), 10)
 # Least share of a batch of 32 that the reference gives for a family on this net.
@@ -37,15 +37,6 @@ REFERENCE = {
     "qbi": 0.78,
 }
 MORE = {"trap-weights": 0.7}  # where every row is tuned on its own: .82 to .9 measured
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices this small lose time to a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -74,7 +74,7 @@ def test_who_has_the_secret_reads_a_batch_that_others_do_not() -> None:
     assert told.honest_share < 0.15
 
 
-def test_no_neuron_fires_for_few_and_no_two_rows_are_alike() -> None:
+def test_few_neurons_fire_for_few_and_no_two_rows_are_alike() -> None:
     """What gives binning and sparse activation away is not there; most pairs are as far as ever."""
     model = mlp()
     sent = servers.seer(model, model.state_dict(), generator=seeded(4), sample=rows(1000, 2))

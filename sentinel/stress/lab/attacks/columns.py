@@ -15,6 +15,8 @@ from sentinel.stress.passive.columns import MOST_LEVELS, Column, Table, matched
 from sentinel.stress.passive.relaxation import Relaxation, relax
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from sentinel.stress.lab.deadline import Deadline
@@ -58,11 +60,9 @@ class Columns:
         require_time(case.training, behind.inputs, SEARCH, deadline)
         table, others = _table(case.subject), _others(case.subject, len(behind))
         pool = relax(case.training, case.seen, table, SEARCH, generator)
-        found = [
-            (guesses, matched(guesses, behind.inputs, table)) for guesses in (pool.best, pool.rows)
-        ]
-        guesses, hits = max(found, key=lambda one: int(one[1].sum()))
-        apart = torch.cat([matched(guesses, part, table) for part in others])
+        sets = (pool.best, pool.rows)
+        guesses, hits = _luckiest(sets, behind.inputs, table)
+        apart = torch.cat([_luckiest(sets, part, table)[1] for part in others])
         return Finding(
             (
                 _tally("whole rows right, column by column", hits.all(1), apart.all(1)),
@@ -72,7 +72,7 @@ class Columns:
         )
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=1)
 def _table(subject: Subject) -> Table:
     """What public records teach about each column, else held-out ones; the loader's categories."""
     rows = (subject.public or subject.held_out).inputs
@@ -83,6 +83,12 @@ def _table(subject: Subject) -> Table:
             for at in range(rows.shape[1])
         )
     )
+
+
+def _luckiest(sets: Sequence[Tensor], rows: Tensor, table: Table) -> tuple[Tensor, Tensor]:
+    """The guesses that suit these rows best, and their hits; chance gets the same choice."""
+    found = [(guesses, matched(guesses, rows, table)) for guesses in sets]
+    return max(found, key=lambda one: int(one[1].sum()))
 
 
 def _others(subject: Subject, count: int) -> list[Tensor]:

@@ -82,21 +82,20 @@ class Pictures:
         scale = yardstick(case.subject)
         labels = behind.labels.long()
         best: Tensor | None = None
-        found: list[float] = []
-        cut = False
+        hits, cut = 0, False
         for found_ones, shortened in _guesses(case, generator, deadline):
             guesses = found_ones.nan_to_num(GREY)  # a replay that diverges leaves no picture
             cut |= shortened
             matched = match_within_class(guesses, behind.inputs, labels)
             alike = ssim(matched, behind.inputs)
-            first = ranked_first(guesses, behind.inputs, labels, _decoys(case.subject), scale)
-            found.append(first.count.hits)
             if best is None or alike.mean() > ssim(best, behind.inputs).mean():
-                best = matched
+                # One attacker's hits stand beside one's chance, not the luckiest of several.
+                first = ranked_first(guesses, behind.inputs, labels, _decoys(case.subject), scale)
+                best, hits = matched, first.count.hits
         assert best is not None  # noqa: S101 - the first attacker always ends
         alike = ssim(best, behind.inputs)
         return Finding(
-            (similarity(alike, scale, behind), _first(max(found), labels, case.subject)),
+            (similarity(alike, scale, behind), _first(hits, labels, case.subject)),
             _exhibits(best, behind.inputs, alike),
             cut=cut,
         )
@@ -167,7 +166,7 @@ def pace_of(case: Case, shape: torch.Size) -> float:
     return max(time.monotonic() - begun, 1e-5)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=1)
 def prior_of(subject: Subject) -> ImagePrior | None:
     """What the public pictures say; None where there are too few of a class."""
     if subject.public is None:
@@ -179,7 +178,7 @@ def prior_of(subject: Subject) -> ImagePrior | None:
     return fit_prior(subject.public.inputs, labels, min(COMPONENTS, most // 2))
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=1)
 def yardstick(subject: Subject) -> ImagePrior:
     """The class means: of public pictures, else of held-out ones. Only to score by."""
     known = prior_of(subject)
@@ -193,7 +192,7 @@ def yardstick(subject: Subject) -> ImagePrior:
     return ImagePrior(torch.stack(means), torch.zeros(subject.classes, 1, means[0].numel()))
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=1)
 def _decoys(subject: Subject) -> tuple[Tensor, ...]:
     labels = subject.held_out.labels.long()
     return tuple(
@@ -213,7 +212,7 @@ def similarity(alike: Tensor, scale: ImagePrior, behind: Records) -> Tally:
     )
 
 
-def _first(hits: float, labels: Tensor, subject: Subject) -> Tally:
+def _first(hits: int, labels: Tensor, subject: Subject) -> Tally:
     """The true picture ranks first among the decoys of its class."""
     decoys = _decoys(subject)
     chances = tuple(1.0 / (1 + len(decoys[label])) for label in labels.tolist())

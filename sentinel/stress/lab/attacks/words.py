@@ -66,6 +66,9 @@ class Words:
         rows = case.delta[f"{embedding_of(case.model)}.weight"]
         back = case.sent_back
         present = words_present(rows, back.std / back.keep)
+        guesses: Tensor | None = None
+        if len(texts) <= ORDERED and unreplayable(case.subject) is None:
+            guesses = _read(case, present, generator, deadline)  # first: it asks for the time
         inside, outside = (torch.isin(part, present).double().mean(1) for part in (texts, held_out))
         named = Tally(
             "words of a text that are named as words of the batch",
@@ -73,9 +76,8 @@ class Words:
             tuple(outside.tolist()),
             margin=MARGIN,
         )
-        if len(texts) > ORDERED or unreplayable(case.subject) is not None:
+        if guesses is None:
             return Finding((named,))
-        guesses = _read(case, present, generator, deadline)
         right = in_place(guesses, texts)
         others = [part for part in torch.split(held_out, len(texts)) if len(part) == len(texts)]
         apart = torch.cat([in_place(guesses, part) for part in others])
@@ -112,7 +114,7 @@ def _known(case: Case, present: Tensor, likely: Tensor) -> Tensor:
     return known
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=1)
 def _likely(subject: Subject) -> Tensor:
     """How common each word is at each place, [T, words]: in public texts, else in held-out ones."""
     words = len(subject.start[f"{embedding_of(subject.model)}.weight"])
