@@ -17,6 +17,8 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+sys.path.insert(0, str(Path(__file__).parent))  # the tracer is imported by name, here and in lives
+
 POLICIES = {
     "noisy": """
 schema = 1

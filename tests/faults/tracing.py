@@ -54,6 +54,7 @@ _BY_PATH = {
 _PATH_SECOND = {257, 258, 263, 264, 268, 316}
 _READS = {"read", "pread64"}
 _WRITES = ("write ", "pwrite64 ")
+_PAGE = 4096  # bytes; a path may begin in one page and end in the next
 
 
 @dataclass
@@ -185,9 +186,15 @@ class _Traced:
             return ""
 
     def _text(self, address: int) -> str:
+        """What lies at an address, up to its zero, page by page: the next one need not exist."""
+        text = b""
         with open(f"/proc/{self.pid}/mem", "rb", buffering=0) as memory:  # noqa: PTH123 - no path
             memory.seek(address)
-            return memory.read(4096 - address % 4096).split(b"\0", 1)[0].decode(errors="replace")
+            while b"\0" not in text and (
+                more := memory.read(_PAGE - (address + len(text)) % _PAGE)
+            ):
+                text += more
+        return text.split(b"\0", 1)[0].decode(errors="replace")
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
