@@ -19,13 +19,13 @@ import torch
 from sentinel.chunks import CHUNK
 from sentinel.crew import share_out
 from sentinel.errors import Withheld
-from sentinel.spans import Span, blocks, joined, parted, runs
+from sentinel.spans import Span, blocks, joined, parted, runs, size_of
 from sentinel.terms import Reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 
-Kind = tuple[torch.dtype, torch.device, torch.device]  # of a difference, and both its devices
+_Kind = tuple[torch.dtype, torch.device, torch.device]  # of a difference, and both its devices
 
 _SAME = 2.0**-40  # two sums of the same squares, in whatever order; the clip leaves more room
 
@@ -168,8 +168,9 @@ class Differences(Source):
     def write(self, names: Iterable[str], out: torch.Tensor) -> None:
         """Write differences one after the other into `out` (values,), of their dtype and device."""
         start = 0
-        for run in runs((Span(name, 0, self.shapes[name].numel()) for name in names), self._kind):
-            stop = start + sum(span.size for span in run)
+        whole = (Span(name, 0, self.shapes[name].numel()) for name in names)
+        for run in runs(whole, self._kinds.__getitem__):
+            stop = start + size_of(run)
             self._subtract(run, out[start:stop])
             start = stop
 
@@ -202,16 +203,13 @@ class Differences(Source):
                 "Release once training has stopped, in every thread.",
             )
 
-    def _kind(self, name: str) -> Kind:
-        return self._kinds[name]
-
     def _computed(
         self, spans: Sequence[Span], alike: Callable[[str], object]
     ) -> Iterator[tuple[list[Span], torch.Tensor]]:
-        most = min(CHUNK, sum(span.size for span in spans))
-        rooms: dict[Kind, tuple[torch.Tensor, torch.Tensor]] = {}
+        most = min(CHUNK, size_of(spans))
+        rooms: dict[_Kind, tuple[torch.Tensor, torch.Tensor]] = {}
         for run in runs(spans, lambda name: (self._kinds[name], alike(name))):
-            kind, size = self._kinds[run[0].name], sum(span.size for span in run)
+            kind, size = self._kinds[run[0].name], size_of(run)
             if kind not in rooms:
                 dtype, device, _ = kind
                 narrow = torch.empty(most, dtype=dtype, device=device)
@@ -311,7 +309,7 @@ class Desk:
         return torch.split(room[: sum(sizes)], sizes)
 
 
-def _kind(local: torch.Tensor, base: torch.Tensor) -> Kind:
+def _kind(local: torch.Tensor, base: torch.Tensor) -> _Kind:
     wide = torch.float64 if torch.float64 in (local.dtype, base.dtype) else torch.float32
     return wide, local.device, base.device
 

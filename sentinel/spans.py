@@ -78,6 +78,11 @@ def runs(spans: Iterable[Span], kind: Callable[[str], object]) -> Iterator[list[
         yield run
 
 
+def size_of(spans: Iterable[Span]) -> int:
+    """How many values spans have together."""
+    return sum(span.size for span in spans)
+
+
 def joined(tensors: Mapping[str, torch.Tensor], spans: Sequence[Span]) -> torch.Tensor:
     """The values of spans one after the other (values,): a view of a single one, else a copy."""
     parts = [span.of(tensors[span.name]) for span in spans]

@@ -11,10 +11,10 @@ from sentinel.crew import share_out
 from sentinel.mechanism.recipe import Recipe, Workspace
 from sentinel.memory import room
 from sentinel.source import Held
-from sentinel.spans import parted
+from sentinel.spans import parted, size_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from sentinel.mechanism.entropy import Entropy
     from sentinel.memory import Rooms
@@ -126,7 +126,7 @@ def treat_each(
         What `take` returned, in the order of the values.
     """
     work = [(block, entropy.branch()) for block in source.blocks(recipes)]
-    most = max((_size(spans) for spans, _ in work), default=0)
+    most = max((size_of(spans) for spans, _ in work), default=0)
 
     def start() -> Callable[[tuple[list[Span], Entropy]], list[Taken]]:
         workspaces = {at: Workspace(at, most) for at in set(map(source.device, recipes))}
@@ -134,7 +134,7 @@ def treat_each(
         def treat(task: tuple[list[Span], Entropy]) -> list[Taken]:
             spans, branch = task
             for workspace in workspaces.values():
-                workspace.begin(branch, _size(spans))
+                workspace.begin(branch, size_of(spans))
             return [
                 take(run, workspaces[values.device].treat(values, recipes[run[0].name]))
                 for run, values in source.runs(spans, recipes.__getitem__)
@@ -143,7 +143,3 @@ def treat_each(
         return treat
 
     return list(itertools.chain.from_iterable(share_out(work, start)))
-
-
-def _size(spans: Iterable[Span]) -> int:
-    return sum(span.size for span in spans)

@@ -16,7 +16,6 @@ from defences import (
     STEPS,
     TOP,
     TREATMENTS,
-    binary,
     guard_of,
     largest,
     mask,
@@ -31,6 +30,7 @@ from sentinel.demo import cohorts
 from sentinel.demo.hearts import network
 from sentinel.demo.xray_hospital import initialise, xray_net
 from sentinel.stress.inference.loop import Loop
+from sentinel.stress.lab.subject import binary_loss
 from sentinel.stress.layers import State, copied
 from sentinel.stress.records import Records
 from sentinel.stress.servers.federation import FedAvgServer
@@ -86,7 +86,7 @@ def hearts(seed: int) -> Task:
     return Task(
         sites,
         tuple(tests),
-        Loop(model, binary, 0.05, epochs=2, batch=32),
+        Loop(model, binary_loss, 0.05, epochs=2, batch=32),
         copied(model.state_dict()),
         lambda answers: answers[:, 0],
         private_utility.heart_features,

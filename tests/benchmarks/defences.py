@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import private_utility
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812 - the name that PyTorch's users know
 from torch.utils.data import DataLoader, TensorDataset
 
 from sentinel import Guard
@@ -32,20 +31,6 @@ CLIP_NORM = 1.0
 TOP = 0.1
 ROUNDS = 20
 OPEN = 'schema = 1\nname = "mask"\n[limits]\nkeep_releases = 1\n[[rule]]\nid = "all"\nkeep = {}\n'
-PROMISE = """
-schema = 1
-name = "promise"
-[privacy]
-unit = "record"
-patients = {count}
-batch = {count}
-epsilon = {epsilon}
-delta = {delta}
-clip_norm = {clip_norm}
-noise_multiplier = {noise}
-[[rule]]
-id = "all"
-"""
 
 
 def mask(keep: float) -> LoadedPolicy:
@@ -89,8 +74,9 @@ class Case:
         state = copied(training.model.state_dict())
         width = sum(value.numel() for value in state.values())
         noise = private_utility.noise(Unit.RECORD, EPSILON, self.steps, width)
-        policy = PROMISE.format(
-            count=count,
+        policy = private_utility.POLICY.format(
+            unit=Unit.RECORD,
+            units=count,
             epsilon=EPSILON,
             delta=private_utility.DELTA,
             clip_norm=CLIP_NORM,
@@ -137,11 +123,6 @@ TREATMENTS = ("raw", "keep 0.5", "keep 0.1", f"top {TOP:g}", f"epsilon {EPSILON:
 def treatments(*, quick: bool) -> tuple[str, ...]:
     """All of them, or two."""
     return ("raw", "keep 0.1") if quick else TREATMENTS
-
-
-def binary(answers: Tensor, labels: Tensor) -> Tensor:
-    """Loss of a net with one output."""
-    return F.binary_cross_entropy_with_logits(answers[:, 0], labels)
 
 
 def memory() -> str | None:

@@ -30,7 +30,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the name that PyTorch's users know
 
 from sentinel.crew import one_thread
 from sentinel.demo import cohorts, xray_data
@@ -51,6 +50,7 @@ from sentinel.stress.inference.membership import (
 from sentinel.stress.inference.null import Pool, measure, over_splits
 from sentinel.stress.inference.planted import mislabelled, outlying
 from sentinel.stress.lab.knobs import Knob, Turned, turned
+from sentinel.stress.lab.subject import binary_loss
 from sentinel.stress.layers import State, copied
 from sentinel.stress.records import Records
 
@@ -115,9 +115,6 @@ def drawn(labels: Tensor, generator: torch.Generator, share: float = 0.5) -> Ten
 def hearts(hidden: int, share: float) -> Callable[[int], Split]:
     """Four hospitals, and a perceptron."""
 
-    def loss(answers: Tensor, labels: Tensor) -> Tensor:
-        return F.binary_cross_entropy_with_logits(answers[:, 0], labels)
-
     def draw(number: int) -> Split:
         generator, sites, records, first = seeded(number), {}, {}, 0
         for name in cohorts.SITES:
@@ -127,7 +124,7 @@ def hearts(hidden: int, share: float) -> Callable[[int], Split]:
             records[name] = first + torch.arange(len(cohort))
             first += len(cohort)
         model = network(len(cohorts.FEATURES), hidden, generator)
-        loop = Loop(model, loss, rate=0.05, epochs=2, batch=32)
+        loop = Loop(model, binary_loss, rate=0.05, epochs=2, batch=32)
         return Split(number, sites, records, loop, copied(model.state_dict()))
 
     return draw

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING
 
 import private_utility
 import torch
+from membership import seeded
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the name that PyTorch's users know
 from trade_off import lead, scored
 
 from sentinel.demo import cohorts, xray_data
 from sentinel.demo.hearts import network
 from sentinel.demo.xray_hospital import initialise, xray_net
 from sentinel.stress.inference.loop import Loop
+from sentinel.stress.lab.subject import binary_loss
 from sentinel.stress.layers import State, copied
 from sentinel.stress.passive import tabular
 from sentinel.stress.passive.estimate import Estimation, most_likely
@@ -156,7 +157,7 @@ class Hearts(Draw):
             train, held = cohorts.split(cohorts.load(name), 0.7, generator)
             parts[name] = (Records(train.rows, train.labels), Records(held.rows, held.labels))
         model = network(len(cohorts.FEATURES), HIDDEN, generator)
-        return cls(seed, parts, Loop(model, binary, 0.05), copied(model.state_dict()))
+        return cls(seed, parts, Loop(model, binary_loss, 0.05), copied(model.state_dict()))
 
     def margins(self, answers: Tensor) -> Tensor:
         """The one output."""
@@ -289,16 +290,3 @@ def matches(file: Path | None) -> dict[str, Match]:
             ((0.0, 1.0), (2.0, 1.0), (5.0, 1.0), (10.0, 1.0), (0.0, 0.1), (2.0, 0.1)),
         ),
     }
-
-
-def seeded(*numbers: int) -> torch.Generator:
-    """A generator of its own for each purpose."""
-    seed = 0
-    for number in numbers:
-        seed = seed * 1_000_003 + number + 1
-    return torch.Generator().manual_seed(seed % 2**62)
-
-
-def binary(answers: Tensor, labels: Tensor) -> Tensor:
-    """Loss of a net with one output."""
-    return F.binary_cross_entropy_with_logits(answers[:, 0], labels)

@@ -54,7 +54,8 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 import torch
-from mixes import Back, Match, matches, seeded
+from membership import seeded
+from mixes import Back, Match, matches
 from trade_off import Figures, line, told, verdict
 
 from sentinel import Guard, RoundRefused, Withheld

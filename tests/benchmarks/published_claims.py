@@ -46,13 +46,14 @@ from typing import TYPE_CHECKING
 import image_attacks
 import torch
 from claimed_utility import utility
-from defences import STEPS, Case, binary, treatments
+from defences import STEPS, Case, treatments
 from torch import Tensor, nn
 from trade_off import line, reduction
 
 from sentinel.crew import one_thread
 from sentinel.demo import cohorts, xray_data
 from sentinel.demo.hearts import network
+from sentinel.stress.lab.subject import binary_loss
 from sentinel.stress.layers import copied
 from sentinel.stress.passive import tabular
 from sentinel.stress.passive.columns import Table
@@ -233,7 +234,7 @@ def rows(asked: argparse.Namespace) -> dict[str, object]:
             model = network(13, 64, draw)
             whole = (torch.arange(8),)
             training = LocalTraining(
-                model, copied(model.state_dict()), own.labels, whole, 0.05, loss=binary
+                model, copied(model.state_dict()), own.labels, whole, 0.05, loss=binary_loss
             )
             seen = Case(training, own.rows, STEPS["rows"]).seen(treatment)
             for attacker, found in read(

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the name that PyTorch's users know
 
 from sentinel import Guard
 from sentinel.demo import cohorts, xray_data
 from sentinel.demo.hearts import network
 from sentinel.demo.xray_hospital import initialise
 from sentinel.interval import wilson
+from sentinel.stress.lab.subject import binary_loss
 from sentinel.stress.passive import joint, notes, tabular, text
 from sentinel.stress.passive.columns import Table, recovery
 from sentinel.stress.passive.genotypes import Panel, called, concordance
@@ -70,11 +70,6 @@ def main() -> None:
     for name in asked.only:
         parts[name](asked.seeds)
         print(flush=True)
-
-
-def binary(answers: Tensor, labels: Tensor) -> Tensor:
-    """Loss of a net with one output."""
-    return F.binary_cross_entropy_with_logits(answers[:, 0], labels)
 
 
 @dataclass(frozen=True)
@@ -131,7 +126,7 @@ def heart(
     inside = COHORT.take(order[:batch])
     model = network(13, hidden, draw)
     batches = torch.arange(batch).chunk(steps) * epochs
-    training = LocalTraining(model, start_of(model), inside.labels, batches, 0.05, loss=binary)
+    training = LocalTraining(model, start_of(model), inside.labels, batches, 0.05, loss=binary_loss)
     return Case(training, inside.rows, draw), order
 
 
@@ -222,7 +217,9 @@ def genotypes(seeds: int) -> None:
             model = network(60, 64, draw)
             whole = (torch.arange(people),)
             case = Case(
-                LocalTraining(model, start_of(model), labels, whole, 0.05, loss=binary), own, draw
+                LocalTraining(model, start_of(model), labels, whole, 0.05, loss=binary_loss),
+                own,
+                draw,
             )
             seen = case.seen(treatment)
             told = tabular.Sanitizer(seen.noise_std / seen.keep, seen.keep)

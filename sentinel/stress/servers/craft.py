@@ -60,8 +60,23 @@ def honest(model: nn.Module, state: Mapping[str, Tensor], *, generator: torch.Ge
     return copied(state)
 
 
+def require_forgetful(*crafts: Craft) -> None:
+    """Refuse to bend a craft that learns: what comes back would be of another model than its own.
+
+    Raises:
+        MisuseError: one of them learns.
+    """
+    if any(isinstance(craft, Learner) for craft in crafts):
+        raise MisuseError("a search learns from the model that it sent itself; it cannot be bent")
+
+
 def then(first: Craft, second: Craft) -> Craft:
-    """Return the craft that bends what `first` has bent."""
+    """Return the craft that bends what `first` has bent.
+
+    Raises:
+        MisuseError: one of them learns from what comes back.
+    """
+    require_forgetful(first, second)
 
     def both(model: nn.Module, state: Mapping[str, Tensor], *, generator: torch.Generator) -> State:
         return second(model, first(model, state, generator=generator), generator=generator)

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sentinel.errors import MisuseError
 from sentinel.stress.layers import State, attacked_pair, copied
-from sentinel.stress.servers.craft import Learner
+from sentinel.stress.servers.craft import require_forgetful
 from sentinel.stress.servers.fit import fitted
 from sentinel.stress.servers.rows import jittered_rows, row_scales
 
@@ -143,8 +142,7 @@ def _wrapped(craft: Craft, bend: Bend) -> Craft:
     Raises:
         MisuseError: the craft learns from what comes back, which would come back of another model.
     """
-    if isinstance(craft, Learner):
-        raise MisuseError("a search learns from the model that it sent itself; it cannot be bent")
+    require_forgetful(craft)
 
     @fitted
     def hidden(

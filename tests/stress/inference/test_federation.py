@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn import functional as F  # noqa: N812 - the name that PyTorch's users know
 
 from sentinel.demo import cohorts
 from sentinel.demo.hearts import network
 from sentinel.stress.inference.federation import Doors, Site, Watched, federate
 from sentinel.stress.inference.loop import Loop
+from sentinel.stress.lab.subject import binary_loss
 from sentinel.stress.layers import copied
 from sentinel.stress.records import Records
 
@@ -20,10 +19,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 pytestmark = pytest.mark.usefixtures("known_noise")
-
-
-def loss(answers: Tensor, labels: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(answers[:, 0], labels)
 
 
 def sites(counts: dict[str, int]) -> dict[str, Site]:
@@ -41,7 +36,9 @@ def run(home: Path, policy: str | None, counts: dict[str, int], rounds: int = 2)
     start, hospitals = copied(model.state_dict()), sites(counts)
     guards = Doors(hospitals, home, policy).open("run")
     order = torch.Generator().manual_seed(1)
-    return federate(Loop(model, loss, 0.1), start, hospitals, guards, rounds=rounds, order=order)
+    return federate(
+        Loop(model, binary_loss, 0.1), start, hospitals, guards, rounds=rounds, order=order
+    )
 
 
 def test_one_full_step_of_bare_sites_is_one_step_on_all_their_members(tmp_path: Path) -> None:
@@ -52,7 +49,7 @@ def test_one_full_step_of_bare_sites_is_one_step_on_all_their_members(tmp_path: 
     parts = [site.train for site in sites(counts).values()]
     rows, labels = (torch.cat([getattr(p, n) for p in parts]) for n in ("inputs", "labels"))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    loss(model(rows), labels).backward()
+    binary_loss(model(rows), labels).backward()
     optimizer.step()
     for name, value in model.state_dict().items():
         assert torch.allclose(watched.final[name], value, atol=1e-6)

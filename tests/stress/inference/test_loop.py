@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the name that PyTorch's users know
+from torch import nn
 
 from sentinel.demo import cohorts
 from sentinel.demo.hearts import network
 from sentinel.demo.xray_hospital import initialise, xray_net
 from sentinel.errors import MisuseError
 from sentinel.stress.inference.loop import Loop, midway
+from sentinel.stress.lab.subject import binary_loss
 from sentinel.stress.layers import State, copied
 from sentinel.stress.records import Records
 
@@ -25,13 +25,9 @@ def hearts(count: int = 40) -> Records:
     return Records(cohort.rows[:count], cohort.labels[:count])
 
 
-def loss(answers: Tensor, labels: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(answers[:, 0], labels)
-
-
 def made(**figures: int) -> tuple[Loop, State]:
     model = network(13, 16, seeded())
-    return Loop(model, loss, 0.05, **figures), copied(model.state_dict())
+    return Loop(model, binary_loss, 0.05, **figures), copied(model.state_dict())
 
 
 def test_the_loop_ends_where_the_optimizer_of_torch_does() -> None:
@@ -42,7 +38,7 @@ def test_the_loop_ends_where_the_optimizer_of_torch_does() -> None:
     for _ in range(2):
         for chosen in torch.split(torch.randperm(40, generator=order), 16):
             optimizer.zero_grad()
-            loss(model(data.inputs[chosen]), data.labels[chosen]).backward()
+            binary_loss(model(data.inputs[chosen]), data.labels[chosen]).backward()
             optimizer.step()
     trained = loop.train(sent, data, seeded(1))
     for name, value in model.state_dict().items():
@@ -81,7 +77,7 @@ def test_gradients_are_those_of_each_record_alone() -> None:
     for place in range(5):
         leaves = {name: sent[name].clone().requires_grad_() for name in loop.names}
         answers = torch.func.functional_call(loop.model, leaves, (data.inputs[place : place + 1],))
-        loss(answers, data.labels[place : place + 1]).backward()
+        binary_loss(answers, data.labels[place : place + 1]).backward()
         alone = torch.cat([leaves[name].grad.flatten() for name in loop.names])  # type: ignore[union-attr]  # backward has run
         assert torch.allclose(found[place], alone, atol=1e-6)
 
@@ -103,7 +99,7 @@ def test_losses_average_to_the_loss_of_the_batch() -> None:
     loop, sent = made()
     data = hearts()
     with torch.no_grad():
-        together = loss(loop.model(data.inputs), data.labels)
+        together = binary_loss(loop.model(data.inputs), data.labels)
     assert float(loop.losses(sent, data).mean()) == pytest.approx(float(together), rel=1e-5)
 
 

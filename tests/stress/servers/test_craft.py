@@ -92,6 +92,13 @@ def test_one_craft_after_another_bends_what_the_first_has_bent() -> None:
     assert torch.equal(crafted["0.weight"], servers.pass_through(model, state)["0.weight"])
 
 
+def test_a_craft_that_learns_is_not_bent_since_it_would_learn_of_another_model() -> None:
+    search = servers.Search(sample=torch.rand(40, 5))
+    for bend in (*WRAPPERS.values(), lambda craft: servers.then(craft, servers.honest)):
+        with pytest.raises(MisuseError, match="cannot be bent"):
+            bend(search)
+
+
 def test_the_honest_craft_changes_nothing() -> None:
     model = nets.drawn(lambda: nets.mlp(5, 4, 2), seeded(1))
     sent = servers.honest(model, model.state_dict(), generator=seeded())
