@@ -230,6 +230,7 @@ def _main(
             world_size=world,
             timeout=dt.timedelta(seconds=30),
         )
+        dist.barrier()  # a rank that is done at once must not go while others still connect to it
         answer.send(scenario(Site(rank, world, folder), **arguments))
     except BaseException:  # noqa: BLE001 - told to the test
         answer.send(traceback.format_exc())

@@ -9,7 +9,12 @@ from sentinel.stress.lab.plan import Item
 from sentinel.stress.lab.setting import Setting
 from sentinel.stress.lab.utility import learned
 
-SOON, LATE = Deadline.after(0.0), Deadline.after(600.0)
+SOON = Deadline.after(0.0)
+
+
+def late() -> Deadline:
+    """In ten minutes from now: a test is collected long before it runs."""
+    return Deadline.after(600.0)
 
 
 def test_leakage_falls_with_noise_on_the_same_records(table, plain, tmp_path) -> None:
@@ -17,15 +22,15 @@ def test_leakage_falls_with_noise_on_the_same_records(table, plain, tmp_path) ->
     found = {}
     for noise in (0.0, 40.0):
         variant = turned(plain(norm=10.0), Turned(Knob.NOISE_RATIO, noise))
-        found[noise], kept = _leak(table, variant, item, tmp_path / f"{noise}", 0, SOON, LATE)
+        found[noise], kept = _leak(table, variant, item, tmp_path / f"{noise}", 0, SOON, late())
         assert kept == 0
     assert found[0.0].mean == 1.0
     assert found[40.0].mean < 0.5
 
 
 def test_too_much_noise_costs_utility(table, plain, tmp_path) -> None:
-    free = learned(table, None, tmp_path, 0, 1, SOON, LATE)
-    drowned = learned(table, plain(noise=500.0, norm=1.0), tmp_path, 0, 1, SOON, LATE)
+    free = learned(table, None, tmp_path, 0, 1, SOON, late())
+    drowned = learned(table, plain(noise=500.0, norm=1.0), tmp_path, 0, 1, SOON, late())
     assert free.metric == drowned.metric == "AUC"
     assert free.mean > drowned.mean + 0.1
 
