@@ -164,3 +164,14 @@ def test_a_picture_leaves_through_the_guard_thinned_out(load: Load) -> None:
     assert float(private.values.std()) == pytest.approx(private.noise_std, rel=0.05)
     assert private.noise_std > 10 * defences.CLIP_NORM
     assert torch.equal(site.update(picture, differentiable=False), raw)  # the model is not touched
+
+
+@pytest.mark.parametrize(
+    ("knobs", "ratio", "multiplier"), [("50:0.035", 50.0, None), ("x1.05:0.035", None, 1.05)]
+)
+def test_knobs_of_the_benchmark_of_membership_are_all_the_noise(
+    load: Load, knobs: str, ratio: float | None, multiplier: float | None
+) -> None:
+    found = load("membership").with_knobs("tabular-ehr", knobs).policy.always
+    asked = [(rule.noise_ratio, rule.noise_multiplier, rule.max_norm) for rule in found]
+    assert asked == [(ratio, multiplier, 0.035)]

@@ -138,6 +138,21 @@ def test_noise_has_the_norm_that_the_policy_says(make_guard) -> None:
     assert len({round(norm, 9) for norm in norms}) == 5
 
 
+@pytest.mark.parametrize("width", [32, 2048])
+def test_noise_on_each_value_is_as_large_in_a_wide_model(make_guard, width) -> None:
+    """What leaves beside a clipped update has noise_multiplier x max_norm, at any width."""
+    model = nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 1))
+    start = state_of(model)
+    guard = make_guard(PLAIN + "noise_ratio = 1.0\nnoise_multiplier = 1.5\n")
+    left = []
+    for number in range(8):
+        with guard.round(number, start, model) as rnd:
+            train(model, step=20.0)
+        out = rnd.release()
+        left += [(out[name] - start[name]).flatten() for name in start]
+    assert float(torch.cat(left).double().std()) == pytest.approx(1.5 * 0.5, rel=0.1)
+
+
 def test_a_released_round_gives_the_stored_bytes_whatever_the_local_state_is(
     make_guard, tmp_path
 ) -> None:

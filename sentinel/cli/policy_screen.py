@@ -133,6 +133,11 @@ def noise_lines(explanation: Explanation) -> Iterator[str]:
     """Put the noise beside the clip."""
     noise = explanation.noise
     if noise is None:
+        if any({"noise_ratio", "noise_multiplier"} <= set(one.knobs) for one in explanation.groups):
+            yield (
+                "Of noise_ratio and noise_multiplier the larger noise is added; which one that is "
+                "depends on how many values the model has."
+            )
         yield "Give --model FILE.safetensors to see the noise beside the clip for a real model."
         return
     if not noise.coordinates:

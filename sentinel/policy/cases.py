@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from sentinel.policy.decide import decide
+from sentinel.policy.decide import KNOBS, decide, released_values, unit_stds
 from sentinel.policy.fields import ActionWord, Glob, Identifier, Norm, Strict
 from sentinel.policy.globs import EVERYTHING, matches
 from sentinel.policy.parsing import parse_toml
-from sentinel.terms import Action, Evidence
+from sentinel.terms import Evidence
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
+    from sentinel.policy.decide import Knob
     from sentinel.policy.schema import Policy
     from sentinel.terms import Plan
 
@@ -48,8 +49,9 @@ class Given(Strict):
 class Expected(Strict):
     """What has to come out; what is left out is not looked at.
 
-    `max_norm`, `max_abs`, `noise_ratio` and `keep` are the values in force for each released
-    parameter that `match` names.
+    `max_norm`, `max_abs`, `noise_ratio`, `noise_multiplier` and `keep` are the values in force for
+    each released parameter that `match` names. A parameter has one noise, the larger of the two
+    that rules ask for; `noise_ratio` and `noise_multiplier` both tell it, each in its own unit.
     """
 
     action: ActionWord
@@ -59,6 +61,7 @@ class Expected(Strict):
     max_norm: float | None = None
     max_abs: float | None = None
     noise_ratio: float | None = None
+    noise_multiplier: float | None = None
     keep: float | None = None
 
 
@@ -148,7 +151,7 @@ def _differences(policy: Policy, case: Case, plan: Plan) -> Iterator[str]:
         yield f"withheld: expected {_listed(expect.withheld)}, got {_listed(kept)}"
     looked_at = [name for name in plan.treatments if name not in kept]
     looked_at = [name for name in looked_at if matches(expect.match, name)]
-    knobs = ("max_norm", "max_abs", "noise_ratio", "keep")
+    knobs = (knob for knob in KNOBS if knob != "action")
     wanted = {knob: value for knob in knobs if (value := getattr(expect, knob)) is not None}
     if wanted and not looked_at:
         yield f"{_listed(wanted)}: no parameter is released that it could be read from"
@@ -159,20 +162,16 @@ def _differences(policy: Policy, case: Case, plan: Plan) -> Iterator[str]:
                 yield f"{knob} of {name}: expected {value:g}, got {in_force[knob]:g}"
 
 
-def _in_force(policy: Policy, case: Case, plan: Plan, name: str) -> dict[str, float]:
+def _in_force(policy: Policy, case: Case, plan: Plan, name: str) -> dict[Knob, float]:
     """Read the knobs of one released parameter back out of the plan."""
     treatment = plan.treatments[name]
-    released = sum(
-        count
-        for other, count in case.evidence.parameters.items()
-        if plan.treatments[other].action is Action.RELEASE
-    )
-    norm = policy.resolved(case.evidence.auto_norms).noise_norm
+    released = released_values(plan, case.evidence.parameters)
+    units = unit_stds(policy.resolved(case.evidence.auto_norms), released)
     return {
         "max_norm": min((b.max_norm for b in plan.bounds if name in b.names), default=math.inf),
         "max_abs": treatment.max_abs,
-        "noise_ratio": treatment.noise_std * math.sqrt(max(released, 1)) / norm if norm else 0.0,
         "keep": treatment.keep,
+        **{knob: treatment.noise_std / unit if unit else 0.0 for knob, unit in units.items()},
     }
 
 
@@ -185,5 +184,5 @@ def _uncovered(policy: Policy, plans: Sequence[Plan]) -> Iterator[str]:
             yield f'no case in which rule "{rule.id}" does not apply'
 
 
-def _listed(names: Sequence[str] | dict[str, float]) -> str:
+def _listed(names: Collection[str]) -> str:
     return ", ".join(names) if names else "none"

@@ -7,10 +7,19 @@ that somebody should have made on purpose. A note is worth knowing before signin
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from sentinel.policy.decide import KNOBS, Knob, at_least, known_at_opening, let_out, unmatched
+from sentinel.policy.decide import (
+    KNOBS,
+    NOISES,
+    Knob,
+    at_least,
+    known_at_opening,
+    let_out,
+    unmatched,
+)
 from sentinel.terms import Action, Unit
 
 if TYPE_CHECKING:
@@ -142,8 +151,11 @@ def _missing_protection(policy: Policy) -> Iterator[Finding]:
             "no bound on the update's size: no rule without `when` gives a max_norm for every "
             "parameter (match **)"
         )
-    if policy.privacy is None and not any(rule.noise_ratio for rule in policy.always):
-        yield _warning("no noise on an ordinary update: no rule without `when` has a noise_ratio")
+    if policy.privacy is None and not any(rule.noisy for rule in policy.always):
+        yield _warning(
+            "no noise on an ordinary update: no rule without `when` has a noise_ratio or a "
+            "noise_multiplier"
+        )
     if policy.limits.min_patients is None and not _private_in_training(policy):
         yield _warning("limits.min_patients is left out: one patient alone may be behind an update")
     stopping = [
@@ -258,8 +270,7 @@ def _dead(policy: Policy, rule: Rule) -> Iterator[Finding]:
     when = rule.when
     if when is not None:
         yield from _unreachable(policy, rule, when)
-    if rule.noise_ratio == 0:
-        yield _warning("noise_ratio = 0 asks for nothing: the strictest rule wins", rule.id)
+    yield from _idle_noise(policy, rule)
     if rule.auto is not None:
         yield from _limits_of_auto(policy, rule, rule.auto)
     for other in policy.rules:
@@ -270,6 +281,24 @@ def _dead(policy: Policy, rule: Rule) -> Iterator[Finding]:
                 rule.id,
             )
             return
+
+
+def _idle_noise(policy: Policy, rule: Rule) -> Iterator[Finding]:
+    """Look for noise that is none, or no more than a promise for the site adds by itself."""
+    promised = 0.0
+    if policy.privacy is not None and policy.privacy.unit is Unit.SITE:
+        promised = policy.privacy.noise_multiplier
+    for knob in NOISES:
+        asked = getattr(rule, knob)
+        if asked == 0:
+            yield _warning(f"{knob} = 0 asks for nothing: the strictest rule wins", rule.id)
+        elif asked is not None and asked <= promised:
+            # noise_ratio too: on a single value it is as much as noise_multiplier, on more less.
+            yield _warning(
+                f"{knob} = {asked:g} adds nothing: the promise puts noise of {promised:g} times "
+                "clip_norm on every value already",
+                rule.id,
+            )
 
 
 def _limits_of_auto(policy: Policy, rule: Rule, limits: AutoNorm) -> Iterator[Finding]:
@@ -285,11 +314,12 @@ def _limits_of_auto(policy: Policy, rule: Rule, limits: AutoNorm) -> Iterator[Fi
             "way up; bring them closer",
             rule.id,
         )
-    noisy = any(other.noise_ratio for other in policy.always)
+    noisy = any(other.noisy for other in policy.always)
     if not noisy and not _private_in_training(policy):
         yield _warning(
             'max_norm = "auto" without noise: a server that makes updates large raises the bound '
-            "to its ceiling and reads that much more; give a noise_ratio, which grows along",
+            "to its ceiling and reads that much more; give a noise_ratio or a noise_multiplier, "
+            "which grow along",
             rule.id,
         )
 
@@ -327,9 +357,16 @@ def _outdone(rule: Rule, other: Rule) -> bool:
         return False  # it may let something out that `other` does not
     asked = [(knob, value) for knob in KNOBS if (value := _at_its(rule, knob, "floor")) is not None]
     return all(
-        (bound := _at_its(other, knob, "ceiling")) is not None and at_least(bound, value, knob)
+        any(bound is not None and at_least(bound, value, knob) for bound in _bounds(other, knob))
         for knob, value in asked
     )
+
+
+def _bounds(rule: Rule, knob: Knob) -> tuple[float | None, ...]:
+    """Return what a rule asks for by a knob, and by one that is as strict at the same value."""
+    own = _at_its(rule, knob, "ceiling")
+    # On a single value noise_ratio is as much noise as noise_multiplier, on more values less.
+    return (own, rule.noise_multiplier) if knob == "noise_ratio" else (own,)
 
 
 def _at_its(rule: Rule, knob: Knob, end: Literal["floor", "ceiling"]) -> float | None:
@@ -364,3 +401,21 @@ def _against_model(policy: Policy, candidates: Mapping[str, int]) -> Iterator[Fi
             f"{len(kept)} of {len(candidates)} parameters never leave: "
             f"{', '.join(kept[:_MAX_NAMES])}{more}"
         )
+    yield from _outgrown(policy, sum(candidates[name] for name in leaving))
+
+
+def _outgrown(policy: Policy, values: int) -> Iterator[Finding]:
+    """Look for a noise_ratio that should tighten, and is less than what every round has here."""
+    always = (rule.noise_multiplier or 0.0 for rule in policy.always if rule.everywhere)
+    multiplier = max(always, default=0.0)
+    had = multiplier * math.sqrt(values)
+    for rule in policy.rules:
+        if rule.when is None or not rule.noise_ratio or (rule.noise_multiplier or 0) > multiplier:
+            continue
+        if rule.noise_ratio <= had:
+            yield _warning(
+                f"noise_ratio = {rule.noise_ratio:g} adds nothing on this model: over its "
+                f"{values:,} values noise_multiplier = {multiplier:g}, which every round has, is a "
+                f"noise_ratio of {had:.3g}; give the rule a larger noise_multiplier",
+                rule.id,
+            )

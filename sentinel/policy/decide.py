@@ -22,16 +22,18 @@ if TYPE_CHECKING:
 
     from sentinel.policy.schema import Policy, Rule, When
 
-Knob = Literal["action", "max_norm", "max_abs", "noise_ratio", "keep"]
+Knob = Literal["action", "max_norm", "max_abs", "noise_ratio", "noise_multiplier", "keep"]
 
 _LARGER_IS_STRICTER: dict[Knob, bool] = {
     "action": True,
     "max_norm": False,
     "max_abs": False,
     "noise_ratio": True,
+    "noise_multiplier": True,
     "keep": False,
 }
 KNOBS = tuple(_LARGER_IS_STRICTER)
+NOISES: tuple[Knob, Knob] = ("noise_ratio", "noise_multiplier")  # the larger noise is added
 
 
 class Strictest(NamedTuple):
@@ -161,7 +163,9 @@ def decide(policy: Policy, evidence: Evidence) -> Plan:
         tightens; a further rule weakens no parameter that was let out without it; more sensitivity,
         suspicion, spent budget or ill health weakens no knob and lowers no standard deviation. With
         `max_norm = "auto"` they hold for given `auto_norms`, and whatever these are, no bound lies
-        outside floor and ceiling, and the noise is `noise_ratio` times the bound in force.
+        outside floor and ceiling, and noise is measured by the bound in force. The noise is the
+        larger of the two that are asked for, and that of `noise_multiplier` is as large on each
+        value of a wide model as of a narrow one.
 
     Edges:
         an empty policy:                            WITHHOLD, for all and each
@@ -172,6 +176,7 @@ def decide(policy: Policy, evidence: Evidence) -> Plan:
         several thresholds in one rule:             all have to be reached
         a name that never leaves, among the others: changes nothing else
         a parameter withheld for now:               counts in every bound on it
+        both noises asked for:                      the larger standard deviation, not their sum
         `auto_norms` left out:                      the middle of floor and ceiling
         `auto_norms` that are NaN, Inf or negative: between floor and ceiling
     """
@@ -184,14 +189,33 @@ def decide(policy: Policy, evidence: Evidence) -> Plan:
         for name, rules in reach.items()
     }
     released = [name for name, action in actions.items() if action is Action.RELEASE]
-    unit_std = _unit_std(policy, sum(evidence.coordinates[name] for name in released))
+    units = unit_stds(policy, sum(evidence.coordinates[name] for name in released))
     return Plan(
         action=_whole(asked, released),
-        treatments={
-            name: _treatment(rules, actions[name], unit_std) for name, rules in reach.items()
-        },
+        treatments={name: _treatment(rules, actions[name], units) for name, rules in reach.items()},
         bounds=_bounds(asked, open_names),
         decided_by=tuple(rule.id for rule in asked),
+    )
+
+
+def unit_stds(policy: Policy, coordinates: int) -> dict[Knob, float]:
+    """Return the standard deviation per coordinate that each noise stands for at 1.
+
+    Args:
+        policy: the policy, its max_norm numbers.
+        coordinates: how many values are released.
+    """
+    norm = policy.noise_norm or 0.0
+    # Fewer coordinates share the norm of noise_ratio, so that withholding never lowers it.
+    return {"noise_ratio": norm / math.sqrt(max(coordinates, 1)), "noise_multiplier": norm}
+
+
+def released_values(plan: Plan, coordinates: Mapping[str, int]) -> int:
+    """Return how many of the values behind these names the plan releases."""
+    return sum(
+        count
+        for name, count in coordinates.items()
+        if plan.treatments[name].action is Action.RELEASE
     )
 
 
@@ -259,18 +283,13 @@ def _whole(asked: list[Rule], released: Collection[str]) -> Action:
     return Action.RELEASE if released else Action.WITHHOLD
 
 
-def _unit_std(policy: Policy, coordinates: int) -> float:
-    """Return the standard deviation per coordinate that noise_ratio = 1 stands for."""
-    # Fewer coordinates share the same norm, so withholding never lowers it.
-    return (policy.noise_norm or 0.0) / math.sqrt(max(coordinates, 1))
-
-
-def _treatment(rules: list[Rule], action: Action, unit_std: float) -> Treatment:
-    max_abs, ratio, keep = (strictest(rules, knob) for knob in ("max_abs", "noise_ratio", "keep"))
+def _treatment(rules: list[Rule], action: Action, units: Mapping[Knob, float]) -> Treatment:
+    max_abs, keep = strictest(rules, "max_abs"), strictest(rules, "keep")
+    asked = [(strictest(rules, knob), unit) for knob, unit in units.items()]
     return Treatment(
         action=action,
         max_abs=max_abs.value if max_abs else math.inf,
-        noise_std=ratio.value * unit_std if ratio else 0.0,
+        noise_std=max((noise.value * unit for noise, unit in asked if noise), default=0.0),
         keep=keep.value if keep else 1.0,
     )
 

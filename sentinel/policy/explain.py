@@ -6,7 +6,7 @@ The values come from `decide` itself; this module only says where each came from
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from sentinel.policy.decide import (
@@ -17,7 +17,9 @@ from sentinel.policy.decide import (
     decide,
     let_out,
     reaching,
+    released_values,
     strictest,
+    unit_stds,
 )
 from sentinel.policy.globs import EVERYTHING, matches
 from sentinel.terms import Action, Evidence, Unit
@@ -46,7 +48,8 @@ class Group:
         coordinates: how many values they have together; 0 without a model.
         action: what happens to them.
         rules: ids of the rules that reach them now, in file order.
-        knobs: knob -> its value and the ids of the rules that decided it; unset knobs are absent.
+        knobs: knob -> its value and the ids of the rules that decided it; unset knobs are absent,
+            and with a model so is the smaller of the two noises, which decides nothing.
         noise_std: standard deviation of the noise per coordinate; 0 without a model.
     """
 
@@ -116,13 +119,17 @@ def explain(
     for name in evidence.coordinates:
         key = (tuple(rule.id for rule in reaching(now, name)), name in leaving)
         grouped.setdefault(key, []).append(name)
+    groups = tuple(
+        _group(names, reaching(now, names[0]), plan, evidence, labels) for names in grouped.values()
+    )
+    if not labels:
+        released = released_values(plan, evidence.coordinates)
+        units = unit_stds(policy.resolved(evidence.auto_norms), released)
+        groups = tuple(replace(group, knobs=_deciding(group, units)) for group in groups)
     return Explanation(
         action=plan.action,
         decided_by=plan.decided_by,
-        groups=tuple(
-            _group(names, reaching(now, names[0]), plan, evidence, labels)
-            for names in grouped.values()
-        ),
+        groups=groups,
         noise=None if labels else _noise(policy, plan, evidence),
     )
 
@@ -162,6 +169,15 @@ def _group(
         knobs=knobs,
         noise_std=0.0 if labels else treatment.noise_std,
     )
+
+
+def _deciding(group: Group, units: Mapping[Knob, float]) -> dict[Knob, Strictest]:
+    """Leave out a noise that is smaller than the one in force."""
+    return {
+        knob: found
+        for knob, found in group.knobs.items()
+        if knob not in units or found.value * units[knob] >= group.noise_std
+    }
 
 
 def _strictest(rules: list[Rule], knob: Knob) -> Strictest | None:

@@ -96,6 +96,7 @@ Bound = Annotated[
     BeforeValidator(_number_or_auto),
 ]
 NoiseMultiplier = Annotated[float, Field(le=1e6), AfterValidator(_meant_for_noise)]
+Noise = Annotated[float, Field(ge=0, le=1e6)]  # of a rule; no accountant reads it
 Share = Annotated[float, Field(ge=0, le=1)]
 Identifier = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")]
 OnlyTrue = Annotated[bool, AfterValidator(_true)]

@@ -20,6 +20,7 @@ from sentinel.policy.fields import (
     Bound,
     Glob,
     Identifier,
+    Noise,
     NoiseMultiplier,
     Norm,
     OnlyTrue,
@@ -215,8 +216,13 @@ class Rule(Strict):
     max_abs: Norm | None = Field(
         default=None, description="largest absolute value of a coordinate; smallest wins"
     )
-    noise_ratio: Annotated[float, Field(ge=0, le=1e6)] | None = Field(
+    noise_ratio: Noise | None = Field(
         default=None, description="expected L2 norm of the noise / max_norm; largest wins"
+    )
+    noise_multiplier: Noise | None = Field(
+        default=None,
+        description="standard deviation of the noise on each value / max_norm, however many values "
+        "there are; largest wins, and of noise_ratio and this the larger noise",
     )
     keep: Annotated[float, Field(ge=1e-6, le=1)] | None = Field(
         default=None, description="share of coordinates kept, chosen at random; smallest wins"
@@ -226,6 +232,11 @@ class Rule(Strict):
     def everywhere(self) -> bool:
         """Whether the rule matches every parameter there is."""
         return globs.EVERYTHING in self.match
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the rule asks for noise, in whichever unit."""
+        return bool(self.noise_ratio or self.noise_multiplier)
 
     @property
     def auto(self) -> AutoNorm | None:
@@ -266,11 +277,11 @@ class Rule(Strict):
                 'a rule with `when` may not have action = "release": only rules without `when` '
                 "let parameters out; leave action out, or make it a rule without `when`"
             )
-        knobs = (self.max_norm, self.max_abs, self.noise_ratio, self.keep)
+        knobs = (self.max_norm, self.max_abs, self.noise_ratio, self.noise_multiplier, self.keep)
         if self.action is Action.RELEASE and all(knob is None for knob in knobs):
             raise ValueError(
-                "the rule asks for nothing: give it an action, max_norm, max_abs, noise_ratio or "
-                "keep"
+                "the rule asks for nothing: give it an action, max_norm, max_abs, noise_ratio, "
+                "noise_multiplier or keep"
             )
         return self
 
@@ -301,7 +312,7 @@ class Policy(Strict):
 
     @property
     def noise_norm(self) -> float | None:
-        """C, the L2 norm that `noise_ratio` is relative to; None where the policy names none.
+        """C, the L2 norm that the noise of rules is measured by; None where there is none.
 
         Of a policy with `max_norm = "auto"` it is the largest that C can come to; that of one
         round is the property of what `resolved` returns.
@@ -366,22 +377,25 @@ class Policy(Strict):
         for at, rule in enumerate(self.rules):
             if first.setdefault(rule.id, at) != at:
                 yield f'rule[{at}].id: "{rule.id}" is the id of rule[{first[rule.id]}]; rename one'
-        noisy = [(at, rule) for at, rule in enumerate(self.rules) if rule.noise_ratio]
-        anchored = any(rule.everywhere for rule in self.always)
-        for at, rule in noisy:
-            if self.noise_norm is None:
-                yield (
-                    f'rule[{at}].noise_ratio (rule "{rule.id}"): noise is measured against a norm, '
-                    "and none is given; add a rule without `when` and with "
-                    f"match ** (or no match) that has max_norm. {_KEEP_BACK}"
-                )
-            elif not anchored:
-                # Otherwise a further rule that lets out more parameters would spread the same
-                # noise over more coordinates, and so weaken those already let out.
-                yield (
-                    f'rule[{at}].noise_ratio (rule "{rule.id}"): needs a rule without `when` and '
-                    f"with match ** (or no match). {_KEEP_BACK}"
-                )
+            if rule.noisy:
+                yield from self._noise_problems(at, rule)
+
+    def _noise_problems(self, at: int, rule: Rule) -> Iterator[str]:
+        knob = "noise_ratio" if rule.noise_ratio else "noise_multiplier"
+        if self.noise_norm is None:
+            yield (
+                f'rule[{at}].{knob} (rule "{rule.id}"): noise is measured against a norm, '
+                "and none is given; add a rule without `when` and with "
+                f"match ** (or no match) that has max_norm. {_KEEP_BACK}"
+            )
+        elif rule.noise_ratio and not any(known.everywhere for known in self.always):
+            # Otherwise a further rule that lets out more parameters would spread the same
+            # noise over more coordinates, and so weaken those already let out. The noise of
+            # noise_multiplier is spread over nothing.
+            yield (
+                f'rule[{at}].noise_ratio (rule "{rule.id}"): needs a rule without `when` and '
+                f"with match ** (or no match). {_KEEP_BACK}"
+            )
 
     def _promise_problems(self) -> Iterator[str]:
         if self.privacy is None:

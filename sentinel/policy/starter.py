@@ -32,7 +32,9 @@ metrics = ["num-examples"]   # every other metric is dropped
 id = "baseline"              # lets every parameter out, clipped and noised
 match = ["**"]               # * stands for anything between two dots, ** across dots
 max_norm = 1.0               # L2 norm of the update, before noise; lower it until it binds
-noise_ratio = 2.0            # L2 norm of the noise / max_norm
+noise_ratio = 2.0            # L2 norm of the noise / max_norm: against reading records back
+# noise_multiplier = 1.0     # standard deviation of the noise on each value / max_norm: against
+#                            # telling who took part; the larger of the two noises is added
 
 # [[rule]]
 # id = "head-never-leaves"   # the last layer gives away labels first

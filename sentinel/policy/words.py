@@ -155,7 +155,19 @@ def _asked(rule: Rule) -> Iterator[str]:
         )
     elif rule.max_norm is not None:
         yield f"the change is scaled down to a size (L2 norm) of at most {rule.max_norm:g}"
-    if rule.noise_ratio is not None:
-        yield f"noise {rule.noise_ratio:g} times as large as the bound on the size is added"
+    yield from _noise_asked(rule)
     if rule.keep is not None:
         yield f"{100 * rule.keep:g} % of the values are kept, chosen at random"
+
+
+def _noise_asked(rule: Rule) -> Iterator[str]:
+    asked = []
+    if rule.noise_ratio is not None:
+        asked.append(f"noise {rule.noise_ratio:g} times as large as the bound on the size is added")
+    if rule.noise_multiplier is not None:
+        asked.append(
+            f"noise with a standard deviation of {rule.noise_multiplier:g} times the bound on the "
+            "size is added to every value"
+        )
+    if asked:
+        yield ", or ".join(asked) + (", whichever is more" if len(asked) > 1 else "")

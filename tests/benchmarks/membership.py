@@ -3,6 +3,8 @@
     python tests/benchmarks/membership.py [--data hearts xrays] [--xrays FILE] [--policy P]
                                            [--knobs RATIO:NORM] [--share SHARE] [--splits N]
 
+`--knobs xMULTIPLIER:NORM` is the noise on each value instead of RATIO, as in `x1.05:0.04`.
+
 Three tables, in Markdown; every update of a policy went through a guard of its own hospital:
 
 - membership of every candidate, by each attack of `sentinel.stress.inference.membership`;
@@ -355,10 +357,11 @@ def table(case: Case, policies: Mapping[str, str | LoadedPolicy], *, planted: bo
 
 
 def with_knobs(policy: str, knobs: str) -> LoadedPolicy:
-    """A policy with another noise ratio and max_norm, given as "ratio:norm"."""
-    ratio, norm = map(float, knobs.split(":"))
-    noised = turned(load_policy(policy), Turned(Knob.NOISE_RATIO, ratio))
-    return turned(noised, Turned(Knob.MAX_NORM, norm))
+    """A policy with another noise and max_norm, given as "ratio:norm" or "xmultiplier:norm"."""
+    noise, norm = knobs.split(":")
+    knob = Knob.NOISE_MULTIPLIER if noise.startswith("x") else Knob.NOISE_RATIO
+    noised = turned(load_policy(policy), Turned(knob, float(noise.removeprefix("x"))))
+    return turned(noised, Turned(Knob.MAX_NORM, float(norm)))
 
 
 # Properties.
@@ -484,7 +487,12 @@ def main() -> None:
     parser.add_argument("--data", nargs="*", default=["hearts", "xrays"])
     parser.add_argument("--xrays", type=Path, help="pneumoniamnist.npz of MedMNIST")
     parser.add_argument("--policy", nargs="*", help="instead of the shipped one")
-    parser.add_argument("--knobs", nargs="*", help="its noise_ratio:max_norm instead, as 50:0.035")
+    parser.add_argument(
+        "--knobs",
+        nargs="*",
+        help="its noise_ratio:max_norm instead, as 50:0.035, or xnoise_multiplier:max_norm, as "
+        "x1.05:0.04",
+    )
     parser.add_argument("--hidden", type=int, default=256, help="neurons of the perceptron")
     parser.add_argument("--share", type=float, default=0.5, help="of the candidates, members")
     parser.add_argument("--splits", type=int, help="of the first table")

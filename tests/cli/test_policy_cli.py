@@ -350,6 +350,21 @@ def test_explain_shows_a_bound_that_follows_at_any_value(tmp_path: Path, model: 
         assert run("explain", path, "--auto-norm", wrong)[0] == 2
 
 
+def test_explain_says_which_of_two_noises_is_added_once_it_knows_the_model(
+    tmp_path: Path, model: Path
+) -> None:
+    path = tmp_path / "each.toml"
+    rule = '[[rule]]\nid = "all"\nmax_norm = 1\nnoise_ratio = 2\nnoise_multiplier = 0.5\n'
+    path.write_text(EMPTY + rule, encoding="utf-8")
+    bare = run("explain", path)[1]
+    assert "released, max_norm 1, noise_ratio 2, noise_multiplier 0.5 |" in bare
+    assert "the larger noise is added; which one that is depends on how many values" in bare
+    known = run("explain", path, "--model", model)[1]
+    assert "released, max_norm 1, noise_multiplier 0.5 |" in known
+    assert "Expected norm of the noise: 9.08; bound on the update's norm: 1." in known
+    assert "which one that is depends" not in known + run("explain", "baseline")[1]
+
+
 def test_explain_says_that_an_empty_policy_releases_nothing(tmp_path: Path, model: Path) -> None:
     path = tmp_path / "empty.toml"
     path.write_text(EMPTY, encoding="utf-8")

@@ -96,6 +96,28 @@ def test_a_malformed_test_file_is_refused(text: str, sentence: str) -> None:
     assert sentence in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("values", "ratio", "multiplier"), [(4, 3.0, 1.5), (900, 15.0, 0.5), (0, 3.0, 3.0)]
+)
+def test_either_noise_is_told_in_the_unit_of_the_other_too(
+    values: int, ratio: float, multiplier: float
+) -> None:
+    """A parameter has one noise: on few values that of the ratio, on many of the multiplier."""
+    text = POLICY.replace("noise_ratio = 3.0", "noise_ratio = 3.0\nnoise_multiplier = 0.5")
+    policy = parse_toml(text.encode(), "p.toml", Policy)
+    case = (
+        f'schema = 1\n[[case]]\nname = "c"\nevidence = {{ parameters = {{ w = {values} }} }}\n'
+        f'expect = {{ action = "release", noise_ratio = {ratio}, noise_multiplier = VALUE }}\n'
+    )
+    for wanted, problems in (
+        (multiplier, ()),
+        (0.1, (f"noise_multiplier of w: expected 0.1, got {multiplier:g}",)),
+    ):
+        raw = case.replace("VALUE", str(wanted)).encode()
+        report = run_cases(policy, parse_cases(raw, "p.test.toml"))
+        assert report.results[0].problems == problems
+
+
 def test_a_case_says_what_a_bound_that_follows_has_come_to() -> None:
     """Left out, it is that of the first round; of another rule it is a mistake."""
     text = POLICY.replace(

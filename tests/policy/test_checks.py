@@ -14,6 +14,7 @@ TODAY = dt.date(2026, 11, 20)
 MODEL = {"body.weight": 100, "head.weight": 10}
 HEAD = 'schema = 1\nname = "p"\n[limits]\nmin_patients = 8\n'
 BASE = '[[rule]]\nid = "base"\nmax_norm = 1\nnoise_ratio = 1\n'
+EACH = BASE.replace("noise_ratio", "noise_multiplier")
 STOPS = (
     '[[rule]]\nid = "crafted"\nwhen = { suspicion = 0.5 }\naction = "refuse-round"\n'
     '[[rule]]\nid = "broken"\nwhen = { unhealthy = true }\naction = "refuse-round"\n'
@@ -119,7 +120,36 @@ def test_what_private_training_hides_already_is_no_warning(unit: str, said: str)
 
 
 def test_a_sound_policy_has_nothing_but_the_note_on_its_promise() -> None:
-    assert [severity for severity, _, _ in findings(HEAD + BASE + STOPS, MODEL)] == ["note"]
+    for base in (BASE, EACH):
+        assert [severity for severity, _, _ in findings(HEAD + base + STOPS, MODEL)] == ["note"]
+
+
+def test_more_noise_on_each_value_than_a_promise_adds_is_no_idle_knob() -> None:
+    text = HEAD + SITE + STOPS + RULE + "noise_multiplier = 1.5\nnoise_ratio = 1.5\n"
+    assert not [one for one in findings(text) if "adds nothing" in one[2]]
+
+
+@pytest.mark.parametrize(
+    ("rule", "outgrown"),
+    [
+        ("noise_ratio = 10", True),  # over 110 values the other has 10.5
+        ("noise_ratio = 11", False),
+        ("noise_ratio = 10\nnoise_multiplier = 1.1", False),
+        ("keep = 0.5", False),
+    ],
+)
+def test_a_ratio_that_the_noise_of_every_round_has_outgrown_on_this_model_is_told(
+    rule: str,
+    outgrown: bool,  # noqa: FBT001  a parameter of the test
+) -> None:
+    """Who sees more risk would take the rule for protection that it is not."""
+    text = HEAD + EACH + STOPS + RULE + "when = { sensitivity = 0.5 }\n" + rule + "\n"
+    said = [
+        one for one in findings(text, MODEL) if one[1] == "r" and "adds nothing on this" in one[2]
+    ]
+    assert bool(said) is outgrown
+    assert not said or "which every round has, is a noise_ratio of 10.5" in said[0][2]
+    assert not [one for one in findings(text) if one[1] == "r"]
 
 
 @pytest.mark.parametrize(
@@ -177,6 +207,30 @@ def test_a_sound_policy_has_nothing_but_the_note_on_its_promise() -> None:
             ("warning", "r", "noise_ratio = 0 asks for nothing"),
         ),
         (
+            HEAD + BASE + STOPS + RULE + "when = { sensitivity = 0.5 }\nnoise_multiplier = 0\n",
+            ("warning", "r", "noise_multiplier = 0 asks for nothing"),
+        ),
+        (
+            HEAD + SITE + STOPS + RULE + "noise_multiplier = 1\n",
+            (
+                "warning",
+                "r",
+                "noise_multiplier = 1 adds nothing: the promise puts noise of 1 times",
+            ),
+        ),
+        (
+            HEAD + SITE + STOPS + RULE + "noise_ratio = 0.5\n",
+            ("warning", "r", "noise_ratio = 0.5 adds nothing: the promise"),
+        ),
+        (
+            HEAD + EACH + STOPS + RULE + "when = { sensitivity = 0.5 }\nnoise_multiplier = 1\n",
+            ("warning", "r", 'changes nothing: whenever it applies, rule "base"'),
+        ),
+        (
+            HEAD + EACH + STOPS + RULE + "when = { sensitivity = 0.5 }\nnoise_ratio = 1\n",
+            ("warning", "r", 'changes nothing: whenever it applies, rule "base"'),
+        ),
+        (
             HEAD + BASE + STOPS + RULE + "when = { sensitivity = 0.5 }\nmax_norm = 2\n",
             ("warning", "r", 'changes nothing: whenever it applies, rule "base"'),
         ),
@@ -199,6 +253,7 @@ def test_what_is_found(text: str, expected: tuple[str, str | None, str]) -> None
     [
         "when = { sensitivity = 0.5 }\nmax_norm = 0.5\n",
         "when = { sensitivity = 0.5 }\nnoise_ratio = 2\n",
+        "when = { sensitivity = 0.5 }\nnoise_multiplier = 0.1\n",  # on many values it is more
         "when = { sensitivity = 0.5 }\nmax_norm = 2\nkeep = 0.5\n",
         "when = { suspicion = 0.4 }\nkeep = 0.5\n",
         'match = ["head.**"]\naction = "withhold"\n',
@@ -251,6 +306,7 @@ def warned(text: str) -> list[str]:
 
 def test_a_bound_that_follows_is_a_bound() -> None:
     assert warned(HEAD + AUTO + STOPS) == []
+    assert warned(HEAD + AUTO.replace("ratio", "multiplier") + STOPS) == []
 
 
 @pytest.mark.parametrize(

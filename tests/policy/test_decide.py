@@ -10,7 +10,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from sentinel.policy.decide import decide, let_out, refuses, unmatched
+from sentinel.policy.decide import (
+    applied,
+    decide,
+    let_out,
+    refuses,
+    released_values,
+    unmatched,
+)
 from sentinel.policy.globs import matches
 from sentinel.policy.schema import Policy
 from sentinel.terms import Action, Evidence, NormBound, Plan
@@ -69,10 +76,32 @@ def test_noise_is_spread_over_what_is_released() -> None:
     assert plan.bounds == (NormBound(frozenset({"body.w", "body.b"}), 2.0),)
 
 
+def test_the_noise_of_a_multiplier_is_the_same_on_each_value_of_any_model() -> None:
+    """Standard deviation = noise_multiplier x C, however many values share the update."""
+    policy = policy_of({"max_norm": 2.0, "noise_multiplier": 1.5})
+    for count in (0, 1, 10_000):
+        assert decide(policy, evidence_of({"a": count})).treatments["a"].noise_std == 3.0
+
+
+def test_of_the_two_noises_the_larger_one_is_in_force() -> None:
+    """On few values the ratio, on many the multiplier, and never their sum; for each parameter."""
+    policy = policy_of(
+        {"max_norm": 2.0, "noise_ratio": 3.0},
+        {"match": ["head.**"], "when": {"sensitivity": 0.5}, "noise_multiplier": 0.5},
+    )
+    for count, head in ((4, 3.0), (36, 1.0), (144, 1.0)):
+        values = {"head.w": count // 2, "body.w": count // 2}
+        plan = decide(policy, evidence_of(values, sensitivity=0.5))
+        assert plan.treatments["head.w"].noise_std == pytest.approx(head)
+        assert plan.treatments["body.w"].noise_std == pytest.approx(6.0 / math.sqrt(count))
+
+
 def test_under_a_promise_noise_is_measured_by_the_clip() -> None:
     plan = decide(policy_of({"noise_ratio": 2.0}, privacy=SITE), evidence_of({"a": 25}))
     assert plan.treatments["a"].noise_std == pytest.approx(2.0 * 0.5 / 5)
     assert plan.bounds == ()
+    part = policy_of({"match": ["a"], "noise_multiplier": 3.0}, privacy=SITE)
+    assert decide(part, evidence_of({"a": 25})).treatments["a"].noise_std == 1.5
 
 
 def test_the_strictest_value_of_each_knob_wins() -> None:
@@ -205,6 +234,7 @@ _knobs = _optional(
     max_norm=st.one_of(_norm, st.just("auto")),
     max_abs=_norm,
     noise_ratio=st.floats(0, 100),
+    noise_multiplier=st.floats(0, 10),
     keep=st.floats(1e-3, 1),
 )
 
@@ -231,7 +261,10 @@ def rules_without_when(draw: st.DrawFn) -> dict[str, Any]:
 _any_rule = st.one_of(rules_with_when(), rules_without_when())
 _rules = st.lists(_any_rule, max_size=5)
 _base = st.one_of(
-    st.just([]), st.just([{"max_norm": 1.0, "noise_ratio": 1.0}]), st.just([{"max_norm": 3.0}])
+    st.just([]),
+    st.just([{"max_norm": 1.0, "noise_ratio": 1.0}]),
+    st.just([{"max_norm": 1.0, "noise_multiplier": 0.1}]),
+    st.just([{"max_norm": 3.0}]),
 )
 _privacy = st.sampled_from([None, None, {**SITE, "unit": "patient", "patients": 100}])
 _evidence = st.fixed_dictionaries(
@@ -361,6 +394,26 @@ def test_more_risk_never_means_less_protection(
 
 @settings(deadline=None)
 @given(policies(), _coordinates, _evidence)
+def test_the_noise_is_the_larger_of_the_two_and_no_width_thins_out_the_multiplier(
+    drawn: list[Policy], coordinates: dict[str, int], scores: dict[str, Any]
+) -> None:
+    """Of each parameter, over the rules that reach it now."""
+    policy = drawn[0].resolved({})
+    evidence = Evidence(coordinates, **scores)
+    plan = decide(policy, evidence)
+    norm, values = policy.noise_norm or 0.0, max(1, released_values(plan, coordinates))
+    wide = decide(policy, Evidence(dict.fromkeys(coordinates, 10**12), **scores))
+    for name, treatment in plan.treatments.items():
+        rules = [rule for rule in applied(policy, evidence) if matches(rule.match, name)]
+        ratio = max((rule.noise_ratio or 0.0 for rule in rules), default=0.0)
+        multiplier = max((rule.noise_multiplier or 0.0 for rule in rules), default=0.0)
+        larger = max(ratio * norm / math.sqrt(values), multiplier * norm)
+        assert treatment.noise_std == pytest.approx(larger)
+        assert wide.treatments[name].noise_std >= multiplier * norm
+
+
+@settings(deadline=None)
+@given(policies(), _coordinates, _evidence)
 def test_only_a_rule_without_when_lets_a_parameter_out(
     drawn: list[Policy], coordinates: dict[str, int], scores: dict[str, Any]
 ) -> None:
@@ -390,6 +443,9 @@ AUTO = {"max_norm": "auto", "noise_ratio": 3.0}
 
 
 def test_the_bound_that_follows_is_the_rounds_and_the_noise_is_measured_by_it() -> None:
+    each = {"max_norm": "auto", "noise_multiplier": 3.0}
+    plan = decide(policy_of(each), evidence_of({"a": 100}, auto_norms={"r0": 5.0}))
+    assert plan.treatments["a"].noise_std == 15.0
     policy = policy_of(AUTO)
     for norm in (0.5, 5.0):
         plan = decide(policy, evidence_of({"a": 100}, auto_norms={"r0": norm}))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
@@ -15,9 +15,6 @@ from sentinel.policy import decide
 from sentinel.policy.parsing import parse_toml
 from sentinel.policy.schema import Policy
 from sentinel.terms import Action, Evidence
-
-if TYPE_CHECKING:
-    import pytest
 
 DOCS = Path(__file__).parents[2] / "docs" / "policies.md"
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -77,6 +74,22 @@ def test_the_pair_of_rules_for_noise_holds_back_what_the_page_says() -> None:
     plan = decide(policy, Evidence(names, 0.0, 0.0, 0.0, unhealthy=False))
     actions = {name: treatment.action for name, treatment in plan.treatments.items()}
     assert actions == {"encoder.weight": Action.RELEASE, "classifier.weight": Action.WITHHOLD}
+
+
+def test_the_two_noises_compare_as_the_page_says() -> None:
+    said = re.search(
+        r"On ([\d,]+) values a `noise_multiplier` of ([\d.]+) is a `noise_ratio` of (\d+)",
+        DOCS.read_text(encoding="utf-8"),
+    )
+    assert said is not None
+    values, multiplier, ratio = (float(figure.replace(",", "")) for figure in said.groups())
+    head = 'schema = 1\nname = "p"\n[[rule]]\nid = "all"\nmax_norm = 0.5\n'
+    stds = []
+    for asked in (f"noise_multiplier = {multiplier}", f"noise_ratio = {ratio}"):
+        policy = parse_toml(f"{head}{asked}\n".encode(), "page", Policy)
+        plan = decide(policy, Evidence({"w": int(values)}, 0.0, 0.0, 0.0, unhealthy=False))
+        stds.append(plan.treatments["w"].noise_std)
+    assert stds[0] == pytest.approx(stds[1])
 
 
 def test_the_promise_of_the_page_pays_for_as_many_releases_as_it_says(tmp_path: Path) -> None:

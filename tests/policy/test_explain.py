@@ -71,6 +71,31 @@ def test_noise_stands_beside_the_clip() -> None:
     assert not noise.drowns
 
 
+def test_with_a_model_the_noise_in_force_alone_stands_among_the_knobs() -> None:
+    """The smaller one decides nothing; without a model nobody knows which that is."""
+    each = TEXT.replace("keep = 0.5", "noise_multiplier = 0.75")
+    loud = policy(each)
+    for values, head in ((12, {"noise_ratio"}), (4000, {"noise_multiplier"})):
+        model = {"body.w": values, "tail.w": 3}
+        body, tail = explain(loud, Evidence(model, 0.6, 0.0, 0.0, unhealthy=False)).groups
+        assert {knob for knob in body.knobs if knob.startswith("noise")} == head
+        assert tail.knobs["noise_ratio"] == (3.0, ("base",))
+    labels = stand_ins(loud)
+    evidence = Evidence(dict.fromkeys(labels, 1), 0.6, 0.0, 0.0, unhealthy=False)
+    body = next(
+        one for one in explain(loud, evidence, labels=labels).groups if "body.**" in one.parameters
+    )
+    assert body.knobs["noise_ratio"].rules == ("base", "leaky")
+    assert body.knobs["noise_multiplier"] == (0.75, ("leaky",))
+
+
+def test_noise_on_each_value_grows_with_the_model() -> None:
+    text = TEXT.replace("noise_ratio = 3.0", "noise_multiplier = 1.5")
+    noise = explain(policy(text), Evidence(MODEL, 0.0, 0.0, 0.0, unhealthy=False)).noise
+    assert noise is not None
+    assert (noise.norm, noise.ratio) == (pytest.approx(3.0 * 5), pytest.approx(7.5))  # 25 values
+
+
 def test_noise_that_drowns_the_update_is_told() -> None:
     loud = policy(TEXT.replace("noise_ratio = 3.0", "noise_ratio = 10.5"))
     noise = explain(loud, Evidence(MODEL, 0.0, 0.0, 0.0, unhealthy=False)).noise

@@ -86,6 +86,14 @@ def test_noise_is_measured_by_the_largest_bound_on_everything() -> None:
     assert parse(HEAD + ALL).noise_norm is None
 
 
+def test_under_a_promise_noise_on_each_value_needs_no_rule_for_everything() -> None:
+    """Its norm is the promise's, and no further rule can thin it out."""
+    policy = parse(HEAD + SITE + LEAKY + 'match = ["a"]\nnoise_multiplier = 0.01\n')
+    assert policy.rules[0].noise_multiplier == 0.01  # less than a promise may have
+    assert policy.rules[0].noisy
+    assert not parse(HEAD + ALL + "noise_multiplier = 0\n").rules[0].noisy
+
+
 def test_a_bound_that_follows_has_limits_and_may_stand_beside_a_promise_per_patient() -> None:
     """There the update is private before the rules see it."""
     for promise in ("", PATIENT):
@@ -170,6 +178,10 @@ REFUSED = [
     (HEAD + LEAKY + "noise_ratio = 1\n", "measured against a norm, and none is given"),
     (HEAD + LEAKY + 'match = ["a"]\nmax_norm = 1\nnoise_ratio = 1\n', "none is given"),
     (HEAD + SITE + LEAKY + 'match = ["a"]\nnoise_ratio = 1\n', "needs a rule without `when`"),
+    (HEAD + LEAKY + "max_norm = 1\nnoise_multiplier = -1\n", "rule[0].noise_multiplier"),
+    (HEAD + LEAKY + "max_norm = 1\nnoise_multiplier = 1000001\n", "rule[0].noise_multiplier"),
+    (HEAD + LEAKY + "noise_multiplier = 1\n", "rule[0].noise_multiplier (rule "),
+    (HEAD + LEAKY + 'match = ["a"]\nmax_norm = 1\nnoise_multiplier = 1\n', "none is given"),
     (HEAD + SITE + LEAKY + "max_norm = 1\n", 'under unit "site" the clip is the promise\'s'),
     (HEAD + LEAKY + 'action = "block"\n', 'expected "release", "withhold"'),
     (HEAD + LEAKY + "action = 1\n", 'expected "release", "withhold"'),
@@ -200,6 +212,7 @@ def test_what_a_file_may_not_say(text: str, sentence: str) -> None:
     "text",
     [
         HEAD + LEAKY + "noise_ratio = 1\n",
+        HEAD + LEAKY + "noise_multiplier = 1\n",
         HEAD + SITE + LEAKY + 'match = ["a"]\nnoise_ratio = 1\n',
     ],
 )

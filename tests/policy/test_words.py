@@ -32,6 +32,23 @@ def policy(text: str) -> Policy:
             ),
         ),
         (
+            "max_norm = 2\nnoise_multiplier = 1.5",
+            (
+                "Always: every parameter may leave; the change is scaled down to a size (L2 norm) "
+                "of at most 2; noise with a standard deviation of 1.5 times the bound on the size "
+                "is added to every value."
+            ),
+        ),
+        (
+            "max_norm = 2\nwhen = { suspicion = 0.5 }\nnoise_ratio = 5\nnoise_multiplier = 1.5",
+            (
+                "When the suspicion about the global model is 0.5 or more: for every parameter, "
+                "the change is scaled down to a size (L2 norm) of at most 2; noise 5 times as "
+                "large as the bound on the size is added, or noise with a standard deviation of "
+                "1.5 times the bound on the size is added to every value, whichever is more."
+            ),
+        ),
+        (
             'max_norm = "auto"\nmax_norm_floor = 0.1\nmax_norm_ceiling = 10',
             (
                 "Always: every parameter may leave; the change is scaled down to a size (L2 norm) "
@@ -61,7 +78,9 @@ def policy(text: str) -> Policy:
     ],
 )
 def test_a_rule_is_one_sentence(rule: str, sentence: str) -> None:
-    assert words.sentence(policy(f'[[rule]]\nid = "r"\n{rule}\n').rules[0]) == sentence
+    base = '[[rule]]\nid = "base"\nmax_norm = 2\n'  # what noise is measured by
+    found = policy(f'[[rule]]\nid = "r"\n{rule}\n{base}')
+    assert words.sentence(found.rules[0]) == sentence
 
 
 def test_a_promise_says_whose_how_much_and_what_is_done_for_it() -> None:

@@ -1,4 +1,8 @@
-"""Calibration: the weakest noise under which the attacks of the lab stay within a target."""
+"""Calibration: the weakest noise under which the attacks of the lab stay within a target.
+
+The noise is searched as a noise_ratio; a noise_multiplier of the rules for every round is set aside
+with each turn, and the file that is written says so.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ from sentinel.stress.lab.attacks import ATTACKS
 from sentinel.stress.lab.deadline import Deadline, OutOfTimeError
 from sentinel.stress.lab.exchange import GuardedDoor, Site, norm_of
 from sentinel.stress.lab.home import scratch
-from sentinel.stress.lab.knobs import Knob, Turned, bare, fixed_knob, turned
+from sentinel.stress.lab.knobs import Knob, Turned, bare, fixed_knob, turned, value_of
 from sentinel.stress.lab.plan import LEAST_GROUP, most_lopsided
 from sentinel.stress.lab.policy_file import policy_toml
 from sentinel.stress.lab.servers import SERVERS
@@ -369,6 +373,12 @@ class _Calibration:
             "This holds for these attacks, this model and these records; another attacker may do",
             "better. Measure again when any of them changes.",
         ]
+        aside = value_of(self._whole, Knob.NOISE_MULTIPLIER)
+        if aside:
+            comments += [
+                f"Set aside: noise_multiplier = {aside:g} of the rules for every round: the ratio",
+                "was all the noise. Put it back, unless membership was among the attacks.",
+            ]
         if self._cut:
             comments += ["The time was up before the search was through: a weaker one may do."]
         if not promised:

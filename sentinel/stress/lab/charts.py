@@ -19,13 +19,19 @@ svg.chart { max-width: 38rem; width: 100%; height: auto; font-size: 11px; }
 svg.chart .axis { stroke: var(--soft); } svg.chart .grid { stroke: var(--line); }
 svg.chart text { fill: var(--ink); } svg.chart .soft { fill: var(--soft); }
 svg.chart .noise_ratio { fill: var(--good); stroke: var(--good); }
+svg.chart .noise_multiplier { fill: var(--good); stroke: var(--good); stroke-dasharray: 4 3; }
 svg.chart .keep { fill: var(--wait); stroke: var(--wait); }
 svg.chart .max_norm { fill: var(--soft); stroke: var(--soft); }
 svg.chart .own { fill: var(--ink); stroke: var(--ink); }
 svg.chart .raw { fill: var(--bad); stroke: var(--bad); }
 svg.chart polyline { fill: none; stroke-width: 1.5; opacity: .6; }
 """
-_SHORT = {Knob.NOISE_RATIO: "noise", Knob.KEEP: "keep", Knob.MAX_NORM: "norm"}
+_SHORT = {
+    Knob.NOISE_RATIO: "noise",
+    Knob.NOISE_MULTIPLIER: "noise per value",
+    Knob.KEEP: "keep",
+    Knob.MAX_NORM: "norm",
+}
 
 
 def curve_svg(curves: Curves) -> str:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 NOISE = (0.0, 0.2, 1.0, 2.0, 5.0, 10.0, 20.0)
 KEEP = (0.25, 0.1)
+MULTIPLIERS = (0.1, 0.3, 3.0)  # times the policy's noise_multiplier, where it has one
 NORMS = (0.25,)  # times the policy's max_norm; above it, the noise grows as with its own ratio
 UPDATES = 2  # attacked at each point, where one alone is behind each; more where that is cheap
 CHEAP = 1.0  # seconds for one update
@@ -47,6 +48,9 @@ def turns(loaded: LoadedPolicy) -> list[Turned]:
     if fixed_knob(loaded, Knob.NOISE_RATIO) is None:
         order = sorted(NOISE, key=lambda value: (value not in (0.0, 2.0, 10.0), value))
         found += [Turned(Knob.NOISE_RATIO, value) for value in order]
+        each = value_of(loaded, Knob.NOISE_MULTIPLIER)
+        if each:
+            found += [Turned(Knob.NOISE_MULTIPLIER, each * factor) for factor in MULTIPLIERS]
     found += [Turned(Knob.KEEP, value) for value in KEEP]
     norm = value_of(loaded, Knob.MAX_NORM)
     if norm is not None and fixed_knob(loaded, Knob.MAX_NORM) is None:

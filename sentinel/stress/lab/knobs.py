@@ -19,8 +19,12 @@ class Knob(enum.StrEnum):
     """What can be turned."""
 
     NOISE_RATIO = "noise_ratio"
+    NOISE_MULTIPLIER = "noise_multiplier"
     KEEP = "keep"
     MAX_NORM = "max_norm"
+
+
+NOISES = frozenset({Knob.NOISE_RATIO, Knob.NOISE_MULTIPLIER})  # two units of the same noise
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +43,8 @@ class Turned:
 def turned(loaded: LoadedPolicy, turn: Turned) -> LoadedPolicy:
     """Return a policy whose rules for every round have this knob at this value.
 
-    Rules with `when` stay as they are, and still tighten.
+    Turning one of the two noises sets the other aside in them: the larger of both is added, so that
+    less of the one would show nothing. Rules with `when` stay as they are, and still tighten.
 
     Raises:
         MisuseError: the policy's promise fixes that knob.
@@ -71,7 +76,7 @@ def fixed_knob(loaded: LoadedPolicy, knob: Knob) -> str | None:
     policy = loaded.policy
     if policy.privacy is not None and policy.privacy.unit is Unit.SITE and knob is Knob.MAX_NORM:
         return "Under a promise for the site the clip is the promise's own; max_norm is no knob."
-    if knob is Knob.NOISE_RATIO and policy.noise_norm is None:
+    if knob in NOISES and policy.noise_norm is None:
         return "The policy has no max_norm for every parameter, which noise is measured by."
     return None
 
@@ -85,11 +90,13 @@ def value_of(loaded: LoadedPolicy, knob: Knob) -> float | None:
     ]
     if not values:
         return None
-    return max(values) if knob is Knob.NOISE_RATIO else min(values)
+    return max(values) if knob in NOISES else min(values)
 
 
 def _with(rule: Rule, turn: Turned) -> Rule:
     update: dict[str, object] = {str(turn.knob): turn.value}
+    if turn.knob in NOISES:
+        update |= dict.fromkeys(NOISES - {turn.knob})
     if turn.knob is Knob.MAX_NORM:
         update |= {"max_norm_floor": None, "max_norm_ceiling": None}
     return rule.model_copy(update=update)

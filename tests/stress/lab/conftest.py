@@ -29,6 +29,7 @@ name = "plain"
 id = "baseline"
 max_norm = {norm}
 noise_ratio = {noise}
+{more}
 """
 
 
@@ -36,8 +37,8 @@ noise_ratio = {noise}
 def plain() -> Callable[..., LoadedPolicy]:
     """A policy with one rule: no limit, no rule with `when`."""
 
-    def make(noise: float = 10.0, norm: float = 0.1) -> LoadedPolicy:
-        text = PLAIN.format(noise=noise, norm=norm)
+    def make(noise: float = 10.0, norm: float = 0.1, more: str = "") -> LoadedPolicy:
+        text = PLAIN.format(noise=noise, norm=norm, more=more)
         return parse_policy(text.encode(), "plain.toml")
 
     return make

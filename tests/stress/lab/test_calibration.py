@@ -151,6 +151,18 @@ def test_under_a_promise_the_file_says_that_its_clip_norm_is_the_bound(table) ->
     assert "median" not in text
 
 
+def test_noise_on_each_value_does_not_stand_in_for_the_ratio_that_is_searched(table, plain) -> None:
+    """It would end every attack at the least ratio; the file says that it was set aside."""
+    loaded = plain(more="noise_multiplier = 50.0")
+    work = _Calibration(table, loaded, {"rows": 1.0}, Deadline.after(600.0), 0)
+    text = work._text(0.5, 1.0, ())
+    rule = parse_policy(text.encode(), "found.toml").policy.rules[0]
+    assert (rule.noise_ratio, rule.noise_multiplier) == (0.5, None)
+    assert "Set aside: noise_multiplier = 50 of the rules for every round" in text
+    plainer = _Calibration(table, plain(), {"rows": 1.0}, Deadline.after(600.0), 0)
+    assert "Set aside" not in plainer._text(0.5, 1.0, ())
+
+
 def test_private_training_has_no_noise_ratio_to_calibrate(table) -> None:
     with pytest.raises(MisuseError, match="private training"):
         calibrate(

@@ -43,3 +43,11 @@ def test_turns_begin_with_the_policy_and_the_ends_of_the_noise(plain) -> None:
     words = [turn.words for turn in turns(plain())]
     assert words[:2] == ["the policy as it is", "noise_ratio 0"]
     assert {"keep 0.1", "max_norm 0.025", "noise_ratio 20"} <= set(words)
+
+
+def test_noise_on_each_value_is_turned_where_a_policy_has_it(plain) -> None:
+    """Around its own value, since over a wide model it is far above every ratio that is tried."""
+    words = [turn.words for turn in turns(plain(more="noise_multiplier = 2.0"))]
+    own = [one for one in words if one.startswith("noise_multiplier")]
+    assert own == ["noise_multiplier 0.2", "noise_multiplier 0.6", "noise_multiplier 6"]
+    assert not any("multiplier" in turn.words for turn in turns(plain()))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from sentinel.errors import MisuseError
-from sentinel.policy import load_policy
+from sentinel.policy import decide, load_policy
 from sentinel.policy.store import parse_policy
-from sentinel.stress.lab.knobs import Knob, Turned, bare, turned, value_of
+from sentinel.stress.lab.knobs import NOISES, Knob, Turned, bare, turned, value_of
+from sentinel.terms import Evidence
 
 SITE = """
 schema = 1
@@ -29,11 +30,23 @@ def test_one_knob_of_the_rule_for_every_round_is_turned(knob) -> None:
     found = turned(loaded, Turned(knob, 0.125))
     assert value_of(found, knob) == 0.125
     assert found.policy.rules[1:] == loaded.policy.rules[1:]
-    others = [other for other in Knob if other is not knob]
+    others = [other for other in Knob if other is not knob and not {other, knob} <= NOISES]
     assert [value_of(found, other) for other in others] == [
         value_of(loaded, other) for other in others
     ]
     assert found.digest != loaded.digest
+
+
+@pytest.mark.parametrize(("knob", "std"), [(Knob.NOISE_RATIO, 0.2), (Knob.NOISE_MULTIPLIER, 2.0)])
+def test_a_turned_noise_is_all_the_noise_of_every_round(plain, knob, std) -> None:
+    """The larger of the two is added: the other one would hide that this one was turned down."""
+    loaded = plain(noise=500.0, norm=2.0, more="noise_multiplier = 50.0")
+    for value in (0.0, 1.0):
+        found = turned(loaded, Turned(knob, value))
+        plan = decide(found.policy, Evidence({"w": 100}, 0.0, 0.0, 0.0, unhealthy=False))
+        assert plan.treatments["w"].noise_std == pytest.approx(value * std)
+        (other,) = NOISES - {knob}
+        assert value_of(found, other) is None
 
 
 def test_no_turn_is_the_policy_itself() -> None:

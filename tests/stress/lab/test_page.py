@@ -82,6 +82,7 @@ def some_curves(result: Result) -> Curves:
     points = (
         Point(Turned(), leak, learned),
         Point(Turned(Knob.KEEP, 0.1), leak, learned),
+        Point(Turned(Knob.NOISE_MULTIPLIER, 0.3), leak, learned),
         Point(Turned(Knob.KEEP, 0.2), None, learned, kept=3),
     )
     return Curves(row.item, leak, learned, points, planned=5)
@@ -113,6 +114,7 @@ def test_the_page_parses_and_needs_nothing_else(rows, pictures, redacted) -> Non
     assert not re.search(r"https?://|@import|url\(", html)
     assert "/where/it/lies" in html
     assert "svg" in reader.tags
+    assert ">noise per value 0.3</text>" in html
 
 
 def test_before_and_after_stand_side_by_side(pictures) -> None:

@@ -32,6 +32,7 @@ max_norm_floor = 0.1
 max_norm_ceiling = 2.0
 max_abs = 1e-05
 noise_ratio = 3.0
+noise_multiplier = 0.25
 [[rule]]
 id = "head"
 match = ["head.*"]
