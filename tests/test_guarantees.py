@@ -21,6 +21,7 @@ TESTS = Path(__file__).parent
 SHOWN: dict[str, dict[str, str | list[str]]] = tomllib.loads((TESTS / "edges.toml").read_text())
 PACKAGES = ("mechanism", "privacy", "dpsgd", "adaptive", "distributed")
 ALONE = (
+    "audit.peers",
     "bounds",
     "gate",
     "guard",
@@ -34,6 +35,7 @@ ALONE = (
     "update",
 )
 FACE = {  # the others belong to their modules
+    "audit.peers": ("Digests", "digests_of", "read_digests", "require_others", "compare"),
     "guard": ("Guard", "connect"),
     "policy.decide": ("decide", "let_out"),
     "release": ("release",),

@@ -5,12 +5,37 @@ from __future__ import annotations
 import datetime as dt
 import itertools
 import re
+import sys
 from collections import deque
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sentinel.cli.console import AsJson, SentinelGroup, StateDir, console, print_json
+from sentinel.cli.console import (
+    REFUSED,
+    AsJson,
+    SentinelGroup,
+    StateDir,
+    console,
+    print_json,
+    say_error,
+)
+from sentinel.cli.peers import (
+    Federation,
+    FromRound,
+    Run,
+    check_log,
+    document,
+    end,
+    own_digests,
+    read_peers,
+    say_log,
+    verified,
+    wanted_rounds,
+)
+from sentinel.durable import replace_file
+from sentinel.errors import MisuseError
 
 if TYPE_CHECKING:
     from sentinel.audit import Entry
@@ -36,7 +61,6 @@ def show(
     """Print the last records, oldest first, one line each."""
     from sentinel.audit import read_log
     from sentinel.audit.records import RECORD_TYPES
-    from sentinel.errors import MisuseError
     from sentinel.state import StateFolder
 
     known = sorted(str(record.model_fields["type"].default) for record in RECORD_TYPES)
@@ -63,18 +87,15 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Check every record, the chain of hashes, and the ledger that it names."""
-    from sentinel.audit import read_log, verify_log
-    from sentinel.errors import MisuseError, Withheld
-    from sentinel.gate import require_sound
+    from sentinel.audit import read_log
+    from sentinel.errors import Withheld
     from sentinel.state import StateFolder
     from sentinel.terms import Reason
 
     if since is not None and not re.fullmatch(f"[0-9a-f]{{{_DIGEST}}}", since):
         raise MisuseError("--since takes a head as `audit verify` prints it: 64 hex digits.")
     state = StateFolder.existing(state_dir)
-    noted = [(row.log_head.seq, row.log_head.hash) for row in state.ledger.rows()]
-    found = verify_log(state.audit, state.ledger.hash_at, noted)
-    require_sound(state)
+    found = verified(state)
     if since is not None and not any(entry.hash == since for entry in read_log(state.audit)):
         raise Withheld(
             Reason.LOG_DAMAGED,
@@ -95,6 +116,82 @@ def verify(
     for name, count in sorted(found.types.items()):
         screen.print(f"  {count:6d}  {name}")
     screen.print(f"At most {found.data_bits} bits in it depend on raw updates.")
+
+
+@app.command()
+def digests(
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Where to write it (0600); standard output if left out."),
+    ] = None,
+    federation: Federation = None,
+    run: Run = None,
+    from_round: FromRound = 0,
+    state_dir: StateDir = None,
+) -> None:
+    """Write what other sites need to see whether the server sent all of you the same models.
+
+    One JSON document: for each round its number, the digest of its name, and the digest of the
+    global model; nothing else. The log is checked first; a damaged one gives nothing.
+    """
+    from sentinel.state import StateFolder
+
+    wanted = wanted_rounds(federation, run, from_round)
+    state = StateFolder.existing(state_dir)
+    if out is not None:
+        _require_place(out, state.path)
+    found = own_digests(state, wanted)
+    if out is None:
+        sys.stdout.write(found.to_bytes().decode())
+        return
+    try:
+        replace_file(out, found.to_bytes())
+    except OSError:
+        say_error(f"{out} could not be written; check space and permissions.")
+        raise typer.Exit(REFUSED) from None
+    console().print(
+        f"{out}: {len(found.models)} rounds, from the log up to record {found.log_seq}.",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+@app.command("compare")
+def compare_command(
+    peers: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE", help="What `audit digests` wrote at other sites."),
+    ],
+    federation: Federation = None,
+    run: Run = None,
+    from_round: FromRound = 0,
+    state_dir: StateDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Name each round in which the server sent another site another global model.
+
+    A round that only one of two sites has is not compared. Exit code 1 where any round differs, 2
+    where a file has no round in common with this site's log.
+    """
+    from sentinel.state import StateFolder
+
+    wanted = wanted_rounds(federation, run, from_round)
+    state = StateFolder.existing(state_dir)
+    own = own_digests(state, wanted).models
+    check = check_log(own, read_peers(peers, state.log.hash_at), wanted)
+    if as_json:
+        print_json(document(check))
+    else:
+        say_log(check)
+    end(check)
+
+
+def _require_place(out: Path, state: Path) -> None:
+    """Refuse a file that cannot be, or that would lie among what the guard keeps."""
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise MisuseError(f"{out} must be a file in a folder that is there.")
+    if out.absolute().parent.resolve().is_relative_to(state.resolve()):
+        raise MisuseError(f"{out} lies in the state folder; name a file outside it.")
 
 
 def _plain(entry: Entry) -> dict[str, Any]:

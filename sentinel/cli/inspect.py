@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sentinel.cli.console import REFUSED, AsJson, console, print_json, read_tensors
+from sentinel.cli.console import REFUSED, AsJson, StateDir, console, print_json, read_tensors
+from sentinel.cli.peers import (
+    check_round,
+    document,
+    end,
+    own_log,
+    read_peers,
+    round_name,
+    say_round,
+)
+from sentinel.errors import MisuseError
 from sentinel.terms import Verdict
 
 if TYPE_CHECKING:
@@ -26,25 +36,54 @@ def inspect_command(
         Path | None,
         typer.Option("--previous", help="The global model of an earlier round, as safetensors."),
     ] = None,
+    peers: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--peers",
+            metavar="FILE",
+            help="What `audit digests` wrote at another site, for --round; may be repeated.",
+        ),
+    ] = None,
+    round_number: Annotated[
+        int | None,
+        typer.Option("--round", min=0, max=2**53, help="The round that it was received for."),
+    ] = None,
+    federation: Annotated[str, typer.Option(help="With --peers: who is trained with.")] = "default",
+    run: Annotated[str, typer.Option(help="With --peers: which job.")] = "default",
+    state_dir: StateDir = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what a global model looks like: honest, crafted to leak, or broken.
 
     Only the weights are read; with the architecture at hand (in Python) probes are run as well.
-    Exit code 1 where suspicion is .5 or more or the model is unhealthy.
+    With --peers it says too which other sites were sent this very model in the round. Exit code 1
+    where suspicion is .5 or more, the model is unhealthy, or another site was sent another one; 2
+    where no other site has the round.
     """
     from sentinel.detection import inspect_global_model
+    from sentinel.update import model_digest
 
+    if (not peers) != (round_number is None):
+        raise MisuseError("--peers and --round go together: say which round the model is for.")
+    name = round_name(federation, run, round_number or 0)
+    others = read_peers(peers, own_log(state_dir)) if peers else []
     state = read_tensors(global_model, "a global model")
     before = None if previous is None else read_tensors(previous, "an earlier global model")
     found = inspect_global_model(state, before)
+    digest = model_digest(state) if peers else ""
+    check = check_round(name, digest, others) if peers else None
     names = sorted(state.keys() | (before or {}).keys()) if _restructured(found) else sorted(state)
     if as_json:
-        print_json(_document(found, names))
+        more = {} if check is None else {"global_model": digest, "comparison": document(check)}
+        print_json(_document(found, names) | more)
     else:
         _print(found, names)
+        if check is not None:
+            say_round(check, digest)
     if found.suspicion >= ALARM or found.unhealthy:
         raise typer.Exit(REFUSED)
+    if check is not None:
+        end(check)
 
 
 def _restructured(found: Inspection) -> bool:
