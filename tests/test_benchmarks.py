@@ -142,11 +142,11 @@ def test_what_a_policy_withholds_leaks_nothing_and_is_not_averaged(
     """One cycle of the mix under a policy that no update satisfies, through its real guards."""
     policies, mixes = load("policies"), load("mixes")
     match = mixes.matches(None)["hearts"]
-    nobody = policies.Contestant("none", policies.fixed(0.1, 0.0, 1.0, 10_000))
+    nobody = policies.Contestant("none", policies.fixed({"max_norm": 0.1}, 10_000))
     ran, draw = policies.Ran(), match.draw(0)
     policies.federate(match, nobody, draw, 1, tmp_path, ran)
     assert ran.fates == {"too-few-patients": 4 * len(match.cycle)}
-    assert ran.leaks == {"near": [0.0], "lead": [0.0]}
+    assert ran.leaks == {"near": [0.0], "lead": [0.0], "told": [0.0]}
     assert ran.scores == [draw.score(draw.start)]
 
 

@@ -360,6 +360,7 @@ def _explanation_json(
             "norm": noise.norm,
             "clip": _finite(noise.clip),
             "ratio": noise.ratio,
+            "multiplier": noise.multiplier,
             "coordinates": noise.coordinates,
             "drowns": noise.drowns,
             "trained": noise.trained,

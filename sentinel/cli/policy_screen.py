@@ -153,14 +153,15 @@ def noise_lines(explanation: Explanation) -> Iterator[str]:
     yield (
         f"Expected norm of the noise: {noise.norm:.3g}; bound on the update's norm: "
         f"{noise.clip:.3g}. The noise is at least {noise.ratio:.3g} times the signal, over "
-        f"{noise.coordinates:,} values."
+        f"{noise.coordinates:,} values; on each of them {noise.multiplier:.3g} times."
     )
     if not noise.norm:
         yield "WARNING: no noise is added."
     if noise.drowns:
         yield (
-            "WARNING: the noise drowns the update. Beyond about 10 times the signal, four sites "
-            "were measured to lose accuracy; averaging over more sites makes the noise smaller."
+            "WARNING: the noise drowns the update. Where each value has more noise than the whole "
+            "signal, four sites were measured to lose more than 2 points of AUC; averaging over "
+            "more sites makes the noise smaller."
         )
 
 

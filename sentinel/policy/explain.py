@@ -30,10 +30,11 @@ if TYPE_CHECKING:
     from sentinel.policy.schema import Policy, Rule
     from sentinel.terms import Plan
 
-DROWNING_RATIO = 10.0
-"""Noise norm / clip norm beyond which four sites were measured to lose accuracy (area under
-the ROC curve .936 without noise, .933 at ratio 5, .917 at 10, on chest radiographs over 20 rounds;
-none lost at 10 on tabular records)."""
+DROWNING = 1.0
+"""Standard deviation of the noise on each value / clip beyond which four sites lost more than 2
+points of area under the ROC curve on tabular records over 20 rounds, at 64 to 1024 hidden units
+alike; a convolutional net on radiographs lost 2.5 points of accuracy at .24 already
+(docs/stress.md)."""
 
 EVERY = "every parameter"
 OTHERS = "every other parameter"
@@ -84,9 +85,14 @@ class Noise:
         return self.norm / self.clip
 
     @property
+    def multiplier(self) -> float:
+        """How many times as large as the whole signal the noise on each value is, at least."""
+        return self.ratio / math.sqrt(max(self.coordinates, 1))
+
+    @property
     def drowns(self) -> bool:
         """Whether the noise is so large that a small federation learns little."""
-        return self.ratio > DROWNING_RATIO
+        return self.multiplier > DROWNING * (1.0 + 1e-9)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,10 @@ from trade_off import lead, scored
 from sentinel.demo import cohorts, xray_data
 from sentinel.demo.hearts import network
 from sentinel.demo.xray_hospital import initialise, xray_net
+from sentinel.mechanism import Recipe
 from sentinel.stress.inference.loop import Loop
+from sentinel.stress.inference.membership import Attacker, Suspects, membership
+from sentinel.stress.inference.observed import Observed, raw, sanitized
 from sentinel.stress.lab.subject import binary_loss
 from sentinel.stress.layers import State, copied
 from sentinel.stress.passive import tabular
@@ -35,10 +38,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sentinel.demo.xray_data import Pictures
+    from sentinel.release import Decided
     from sentinel.stress.servers.craft import Craft
 
 
 HIDDEN = 256
+TOLD = "told"
 
 
 @dataclass(frozen=True)
@@ -104,10 +109,21 @@ class Draw:
         """Of records and batches."""
         return seeded(self.seed, number, list(self.parts).index(name))
 
-    def trained(self, kind: Kind, sent: State, behind: Records, order: torch.Generator) -> State:
+    def sent(self, kind: Kind, number: int, cycle: int, state: State) -> State:
+        """What the server sends in this round, from the state that it has."""
+        if not kind.crafted:
+            return state
+        craft = self.craft(kind, cycle)
+        return craft(self.loop.model, state, generator=seeded(self.seed, number, 9))
+
+    def trains(self, kind: Kind) -> Loop:
         """The site's own loop."""
         epochs, batch = (kind.epochs, 32) if kind.epochs else (1, None)
-        return replace(self.loop, epochs=epochs, batch=batch).train(sent, behind, order)
+        return replace(self.loop, epochs=epochs, batch=batch)
+
+    def trained(self, kind: Kind, sent: State, behind: Records, order: torch.Generator) -> State:
+        """What it makes of the global model."""
+        return self.trains(kind).train(sent, behind, order)
 
     def score(self, state: State) -> tuple[float, float]:
         """AUC and accuracy, means over the sites."""
@@ -131,6 +147,10 @@ class Draw:
     def attacks(self, kind: Kind, name: str) -> bool:
         """Whether updates of such rounds are attacked at this site."""
 
+    def told(self, name: str, seen: list[Observed], final: State) -> float:
+        """Members of one site called members, less others; by what it sent of all patients."""
+        raise NotImplementedError
+
     @abstractmethod
     def read(self, sent: State, back: Back, behind: Records, held: Records) -> dict[str, float]:
         """What an attack gets of what left, by measure, above what it gets without it."""
@@ -138,12 +158,22 @@ class Draw:
 
 @dataclass(frozen=True)
 class Back:
-    """What the server got, and what it knows of the treatment."""
+    """What the server got, and how it was treated; None without a guard."""
 
     state: State
-    clip: float = 1.0
-    std: float = 0.0
-    keep: float = 1.0
+    decided: Decided | None
+
+    @property
+    def recipe(self) -> Recipe:
+        """What every value went through: a rule of these policies is for all parameters."""
+        return Recipe() if self.decided is None else next(iter(self.decided.done.recipes.values()))
+
+    def observed(self, loop: Loop, sent: State) -> Observed:
+        """The same for an attack on members."""
+        if self.decided is None:
+            return raw(loop, sent, self.state)
+        delta = {name: self.state[name] - value for name, value in sent.items()}
+        return sanitized(loop, sent, delta, self.decided)
 
 
 class Hearts(Draw):
@@ -179,14 +209,35 @@ class Hearts(Draw):
     def read(self, sent: State, back: Back, behind: Records, held: Records) -> dict[str, float]:
         """Rows of the first layer."""
         seen = tabular.view(sent, back.state, "0", "2")
-        known = tabular.Sanitizer(back.std / back.keep, back.keep)
+        std, keep = back.recipe.std, back.recipe.keep
+        known = tabular.Sanitizer(std / keep, keep)
         parts = [tabular.guess_rows(seen, known), tabular.differences(seen, known)]
-        if back.std > 0.0:
+        if std > 0.0:
             parts.append(tabular.guess_rows_untold(seen))
         guesses = torch.cat(parts)
         inside, outside = (tabular.nearest(guesses, part.inputs) for part in (behind, held))
         near = [float((errors < tabular.NEAR).double().mean()) for errors in (inside, outside)]
         return {"near": near[0] - near[1], "lead": lead(inside, outside)}
+
+    def told(self, name: str, seen: list[Observed], final: State) -> float:
+        """The attack on all candidates together; the server's own records are the other sites'."""
+        if not seen:
+            return 0.0
+        train, held = self.parts[name]
+        others = [part for other, parts in self.parts.items() if other != name for part in parts]
+        own = Records(torch.cat([p.inputs for p in others]), torch.cat([p.labels for p in others]))
+        scores = membership(
+            self.trains(LARGE),
+            seen,
+            final,
+            Suspects(train.plus(held), len(train), own),
+            attacker=Attacker(points=2, shadows=8),
+            generator=seeded(self.seed, list(self.parts).index(name), 3),
+        )["joint"]
+        called = torch.zeros(len(scores), dtype=torch.bool)
+        called[scores.argsort(descending=True)[: len(train)]] = True
+        shares = [float(part.double().mean()) for part in called.split([len(train), len(held)])]
+        return shares[0] - shares[1]
 
 
 @dataclass(frozen=True)
@@ -231,7 +282,8 @@ class Xrays(Draw):
         step = (torch.arange(len(behind)),)
         training = LocalTraining(self.loop.model, sent, behind.labels, step, self.loop.rate)
         delta = {name: back.state[name] - value for name, value in sent.items()}
-        seen = Seen(training.flatten(delta), back.clip, back.std, back.keep)
+        treated = back.recipe
+        seen = Seen(training.flatten(delta), treated.factor, treated.std, treated.keep)
         nothing = ssim(prior.means[behind.labels], behind.inputs).mean()
         likeness = []
         for how in (Estimation(), Estimation(least_noise=2.0)):
@@ -250,7 +302,8 @@ class Match:
         shipped: the adaptive policy.
         cycle: kinds of rounds.
         cycles: how many.
-        measures: of leakage.
+        measures: of leakage, of each update.
+        told: whether membership is measured, of each federation.
         fixed: noise ratio and share kept of the fixed policies.
     """
 
@@ -259,6 +312,7 @@ class Match:
     cycle: tuple[Kind, ...]
     cycles: int
     measures: tuple[str, ...]
+    told: bool
     fixed: tuple[tuple[float, float], ...]
 
     @property
@@ -271,22 +325,24 @@ def matches(file: Path | None) -> dict[str, Match]:
     """Both data sets."""
     return {
         "hearts": Match(
-            Hearts.of,
-            "tabular-ehr",
-            (LARGE, SMALL, LARGE, TRAP, LARGE, SINGLE, LARGE, LONG_TRAP),
-            4,
-            ("near", "lead"),
-            (
-                *((ratio, 1.0) for ratio in (0.0, 1.0, 2.0, 5.0, 10.0, 20.0)),
+            draw=Hearts.of,
+            shipped="tabular-ehr",
+            cycle=(LARGE, SMALL, LARGE, TRAP, LARGE, SINGLE, LARGE, LONG_TRAP),
+            cycles=4,
+            measures=("near", "lead"),
+            told=True,
+            fixed=(
+                *((ratio, 1.0) for ratio in (0.0, 1.0, 2.0, 5.0, 10.0, 20.0, 100.0)),
                 *((ratio, keep) for ratio in (0.0, 2.0, 10.0) for keep in (0.5, 0.1)),
             ),
         ),
         "xrays": Match(
-            lambda seed: Xrays.of(seed, file),
-            "chest-xray",
-            (LARGE, SMALL, LARGE, TRAP, LARGE, SINGLE, LARGE, MEDIUM),
-            1,
-            ("gain",),
-            ((0.0, 1.0), (2.0, 1.0), (5.0, 1.0), (10.0, 1.0), (0.0, 0.1), (2.0, 0.1)),
+            draw=lambda seed: Xrays.of(seed, file),
+            shipped="chest-xray",
+            cycle=(LARGE, SMALL, LARGE, TRAP, LARGE, SINGLE, LARGE, MEDIUM),
+            cycles=1,
+            measures=("gain",),
+            told=False,
+            fixed=((0.0, 1.0), (2.0, 1.0), (5.0, 1.0), (10.0, 1.0), (0.0, 0.1), (2.0, 0.1)),
         ),
     }

@@ -17,8 +17,8 @@ goes on from the model it had. Where nothing leaves, nothing is averaged and not
 Contestants:
 
 - Fixed policies have one rule, for every round: the shipped `max_norm`, a noise ratio, a `keep`.
-  Nothing in them could act on the inspection, so it is left out. One of them is the shipped base
-  rule with the shipped `min_patients`.
+  Nothing in them could act on the inspection, so it is left out. Two of them are the shipped base
+  rule, without and with the shipped `min_patients`.
 - The shipped policy has its rules with `when` and its `min_patients`, and inspects every model.
 
 Every guarded update went through a guard of its own site. Leakage is measured for each update that
@@ -29,6 +29,9 @@ was asked for, 0 where nothing left, and is the mean over all of these:
   attacker is told noise and mask, and takes neurons alone, in pairs and together;
 - hearts, *lead*: how often the guesses are nearer to a patient behind it than to a held-out one,
   less how often they are farther. It still sees something where noise leaves no guess near;
+- hearts, *told*: membership. The server keeps every honest update of all patients; of a hospital's
+  patients the attack on all candidates together calls as many members as there are: true less false
+  positives, mean over hospitals. It alone is a figure of the whole federation;
 - xrays, *gain*: mean SSIM above the class mean of public pictures, by the better of two estimates
   under a prior that was fitted on them; the attacker is told labels, clip, noise and mask.
 
@@ -54,22 +57,23 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 import torch
-from membership import seeded
-from mixes import Back, Match, matches
+from mixes import LARGE, TOLD, Back, Match, matches
 from trade_off import Figures, line, told, verdict
 
 from sentinel import Guard, RoundRefused, Withheld
 from sentinel.crew import one_thread
 from sentinel.policy import LoadedPolicy, load_policy
+from sentinel.policy.decide import KNOBS
 from sentinel.policy.store import parse_policy
 from sentinel.stress.servers.federation import FedAvgServer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
-    from mixes import Draw
+    from mixes import Draw, Kind
 
     from sentinel.stress.layers import State
+    from sentinel.stress.records import Records
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class Ran:
     """What one contestant's federations came to.
 
     Attributes:
-        leaks: measure -> one for each seed.
+        leaks: measure -> one for each seed; `TOLD` where it is measured.
         kinds: (measure, kind of round) -> one for each update.
         scores: AUC and accuracy for each seed.
         fates: what became of the updates that were asked for.
@@ -110,15 +114,16 @@ class Ran:
 def contestants(match: Match, shipped: str, *, quick: bool) -> Iterator[Contestant]:
     """No guard, the shipped policy, and the fixed ones."""
     loaded = load_policy(shipped)
-    (norm,) = (rule.max_norm for rule in loaded.policy.always)
-    (ratio,) = (rule.noise_ratio for rule in loaded.policy.always)
+    (base,) = loaded.policy.always
     least = loaded.policy.limits.min_patients
     yield Contestant("no guard", None)
     yield Contestant(f"shipped ({loaded.policy.name})", loaded, inspects=True)
     for noise, keep in [(0.0, 1.0), (10.0, 1.0)] if quick else match.fixed:
-        yield Contestant(named(noise, keep), fixed(norm, noise, keep))
-    name = f"{named(ratio or 0.0, 1.0)}, at least {least} patients"
-    yield Contestant(name, fixed(norm, ratio or 0.0, 1.0, least))
+        knobs = {"max_norm": base.max_norm, "noise_ratio": noise, "keep": keep}
+        yield Contestant(named(noise, keep), fixed(knobs))
+    knobs = base.model_dump(include=set(KNOBS) - {"action"}, exclude_none=True)
+    yield Contestant("the shipped base rule", fixed(knobs))
+    yield Contestant(f"the same, at least {least} patients", fixed(knobs, least))
 
 
 def named(noise: float, keep: float) -> str:
@@ -126,12 +131,11 @@ def named(noise: float, keep: float) -> str:
     return f"noise {noise:g}" + (f", keep {keep:g}" if keep < 1 else "")
 
 
-def fixed(norm: object, noise: float, keep: float, least: int | None = None) -> LoadedPolicy:
+def fixed(knobs: Mapping[str, object], least: int | None = None) -> LoadedPolicy:
     """A policy with one rule, which always applies."""
     lines = ["schema = 1", 'name = "fixed"', "[limits]", "keep_releases = 1"]
     lines += [] if least is None else [f"min_patients = {least}"]
-    lines += ["[[rule]]", 'id = "all"', f"max_norm = {norm}", f"noise_ratio = {noise}"]
-    lines += [f"keep = {keep}"]
+    lines += ["[[rule]]", 'id = "all"', *(f"{knob} = {value}" for knob, value in knobs.items())]
     return parse_policy("\n".join(lines).encode(), "fixed")
 
 
@@ -151,34 +155,53 @@ def federate(  # noqa: PLR0913, PLR0917 - a federation's parts
     match: Match, contestant: Contestant, draw: Draw, cycles: int, home: Path, ran: Ran
 ) -> None:
     """One federation from its first to its last round; what came of it goes into `ran`."""
-    server, leaks = FedAvgServer(draw.start), defaultdict(list)
+    server, leaks, seen = FedAvgServer(draw.start), defaultdict(list), defaultdict(list)
     guards = {name: guard_of(contestant, home / name, draw.seed) for name in draw.parts}
     for number in range(cycles * len(match.cycle)):
         cycle, place = divmod(number, len(match.cycle))
-        kind, sent, states, weights = match.cycle[place], server.global_state(0), {}, {}
-        if kind.crafted:
-            generator = seeded(draw.seed, number, 9)
-            sent = draw.craft(kind, cycle)(draw.loop.model, sent, generator=generator)
+        kind, backs = match.cycle[place], {}
+        sent = draw.sent(kind, number, cycle, server.global_state(0))
         for name, (_, held) in draw.parts.items():
             behind = draw.behind(kind, number, name)
             local = draw.trained(kind, sent, behind, draw.order(number, name))
             fate, back = sent_back(guards[name], number, sent, draw, local, len(behind))
             ran.fates[fate] += 1
-            found = dict.fromkeys(match.measures, 0.0)
             if back is not None:
-                states[name], weights[name] = back.state, float(len(behind))
-            if not draw.attacks(kind, name):
-                continue
-            if back is not None:
-                found = draw.read(sent, back, behind, held)
-            for measure, leak in found.items():
+                backs[name] = back
+            for measure, leak in read(match, draw, kind, name, sent, back, behind, held).items():
                 ran.kinds[measure, kind.name].append(leak)
                 leaks[measure].append(leak)
+        if kind == LARGE:
+            for name, back in backs.items():
+                seen[name].append(back.observed(draw.loop, sent))
         if not kind.crafted:
+            states = {name: back.state for name, back in backs.items()}
+            weights = {name: float(len(draw.behind(kind, number, name))) for name in backs}
             server.aggregate(number, states, weights)
+    final = server.global_state(0)
+    ran.scores.append(draw.score(final))
     for measure, values in leaks.items():
         ran.leaks[measure].append(fmean(values))
-    ran.scores.append(draw.score(server.global_state(0)))
+    if match.told:
+        ran.leaks[TOLD].append(fmean(draw.told(name, seen[name], final) for name in draw.parts))
+
+
+def read(  # noqa: PLR0913, PLR0917 - an update's parts
+    match: Match,
+    draw: Draw,
+    kind: Kind,
+    name: str,
+    sent: State,
+    back: Back | None,
+    behind: Records,
+    held: Records,
+) -> dict[str, float]:
+    """What an attack gets of one update, by measure: nothing of one that stayed."""
+    if not draw.attacks(kind, name):
+        return {}
+    if back is None:
+        return dict.fromkeys(match.measures, 0.0)
+    return draw.read(sent, back, behind, held)
 
 
 def guard_of(contestant: Contestant, folder: Path, seed: int) -> Guard | None:
@@ -200,7 +223,7 @@ def sent_back(  # noqa: PLR0913, PLR0917 - a round's parts
 ) -> tuple[str, Back | None]:
     """What became of the update, and what the server got."""
     if guard is None:
-        return "released", Back(local)
+        return "released", Back(local, None)
     try:
         rnd = guard.round(number, sent, draw.loop.model, patients=patients)
         with rnd:
@@ -210,9 +233,7 @@ def sent_back(  # noqa: PLR0913, PLR0917 - a round's parts
         return "refused", None
     except Withheld as error:
         return error.reason.value, None
-    assert rnd.decided is not None
-    one, *_ = rnd.decided.done.recipes.values()  # a rule of these policies is for all parameters
-    return "released", Back(state, one.factor, one.std, one.keep)
+    return "released", Back(state, rnd.decided)
 
 
 def memory() -> str | None:
@@ -226,20 +247,21 @@ def memory() -> str | None:
 def table(match: Match, ran: dict[str, Ran], shipped: Ran) -> Iterator[str]:
     """Two tables: what leaks, and what it is beside the shipped policy."""
     kinds = [kind for kind in match.kinds if (match.measures[0], kind) in shipped.kinds]
-    yield line("policy", *(f"{m} [95 %]" for m in match.measures), *kinds, "left")
-    yield "|---" * (2 + len(match.measures) + len(kinds)) + "|"
+    measures = (*match.measures, *([TOLD] if match.told else []))
+    yield line("policy", *(f"{m} [95 %]" for m in measures), *kinds, "left")
+    yield "|---" * (2 + len(measures) + len(kinds)) + "|"
     for name, one in ran.items():
-        leaks = [told(one.figures(measure).leak, 2, 100.0) for measure in match.measures]
+        leaks = [told(one.figures(measure).leak, 2, 100.0) for measure in measures]
         by_kind = [
             ", ".join(f"{100 * fmean(one.kinds[measure, kind]):.1f}" for measure in match.measures)
             for kind in kinds
         ]
         yield line(name, *leaks, *by_kind, f"{one.fates['released'] / one.fates.total():.2f}")
     yield ""
-    yield line("policy", "AUC", "more [95 %]", "accuracy", "more [95 %]", *match.measures)
-    yield "|---" * (5 + len(match.measures)) + "|"
+    yield line("policy", "AUC", "more [95 %]", "accuracy", "more [95 %]", *measures)
+    yield "|---" * (5 + len(measures)) + "|"
     for name, one in ran.items():
-        beside = [verdict(one.figures(m), shipped.figures(m)) for m in match.measures]
+        beside = [verdict(one.figures(m), shipped.figures(m)) for m in measures]
         own, other = (found.figures(match.measures[0]) for found in (one, shipped))
         yield line(
             name,
