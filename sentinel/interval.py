@@ -1,4 +1,4 @@
-"""How sure a share is: score intervals for one proportion and for the difference of two.
+"""How sure a share or a mean is: score intervals for one proportion, for two, and Student's.
 
 Everything a stress test claims is a count out of a count. Both intervals here stay honest where
 counts are small or zero, which is where a defence wants to be.
@@ -8,9 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from statistics import NormalDist
+from statistics import NormalDist, fmean, stdev
+from typing import TYPE_CHECKING
+
+from scipy.special import stdtrit
 
 from sentinel.errors import MisuseError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +91,18 @@ def difference(first: Count, second: Count, *, confidence: float = 0.95) -> Inte
     below = math.hypot(first.share - one.low, other.high - second.share)
     above = math.hypot(one.high - first.share, second.share - other.low)
     return Interval(max(-1.0, observed - below), min(1.0, observed + above))
+
+
+def of_mean(values: Sequence[float], *, confidence: float = 0.95) -> Interval:
+    """Return Student's t interval for the mean of independent values.
+
+    Args:
+        values: two or more.
+        confidence: of the two-sided interval, between 0 and 1.
+    """
+    middle, spread = fmean(values), stdev(values) / math.sqrt(len(values))
+    reach = float(stdtrit(len(values) - 1, 0.5 + confidence / 2)) * spread
+    return Interval(middle - reach, middle + reach)
 
 
 def _quantile(confidence: float) -> float:

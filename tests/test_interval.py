@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sentinel.errors import MisuseError
-from sentinel.interval import Count, difference, wilson
+from sentinel.interval import Count, difference, of_mean, wilson
 
 
 @st.composite
@@ -93,3 +93,15 @@ def test_an_impossible_count_is_refused(hits: int, trials: int) -> None:
 def test_a_confidence_outside_zero_to_one_is_refused(confidence: float) -> None:
     with pytest.raises(MisuseError, match="between 0 and 1"):
         wilson(Count(1, 2), confidence=confidence)
+
+
+def test_the_interval_of_a_mean_is_students() -> None:
+    """Reference: t(.975, 2) = 4.3027 in the published tables, and .95 of 9 as 1.8331."""
+    ends = of_mean([1.0, 2.0, 3.0])
+    reach = 4.3027 / 3**0.5
+    assert (ends.low, ends.high) == (
+        pytest.approx(2 - reach, abs=1e-4),
+        pytest.approx(2 + reach, abs=1e-4),
+    )
+    ten = of_mean([float(value) for value in range(10)], confidence=0.9)
+    assert ten.high - 4.5 == pytest.approx(1.8331 * np.std(range(10), ddof=1) / 10**0.5, abs=1e-4)

@@ -18,7 +18,7 @@ def demo_command(
     out: Annotated[Path, typer.Option(help="Folder for report.html and xrays.png.")] = Path(
         "demo-output"
     ),
-    repeats: Annotated[int, typer.Option(min=1, help="Federations, for the spread.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Federations, for the spread.")] = 10,
     rounds: Annotated[int, typer.Option(min=2, help="Rounds of a federation.")] = 20,
     seed: Annotated[int, typer.Option(help="Of splits and starts; never of the noise.")] = 0,
     hearts_policy: Annotated[str, typer.Option(help="Policy of the hospitals.")] = "tabular-ehr",

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 from sentinel.demo.hospitals import Loop, Outcome
 from sentinel.errors import MisuseError
+from sentinel.interval import of_mean
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from sentinel.interval import Interval
     from sentinel.stress.passive.tabular import Reads
 
 
@@ -33,7 +35,7 @@ class Settings:
     """
 
     policy: str = "tabular-ehr"
-    repeats: int = 5
+    repeats: int = 10
     rounds: int = 20
     turns_at: int = 10
     scales: tuple[float, ...] = (0.01, 0.1, 1.0)
@@ -133,6 +135,11 @@ class HeartsResult:
     def auc_guarded(self) -> float:
         """Mean over hospitals and repeats."""
         return fmean(self.auc_guarded_by_site.values())
+
+    @property
+    def auc_lost(self) -> Interval | None:
+        """95 % interval of the mean loss over repeats; None of one."""
+        return of_mean(self.auc_losses) if len(self.auc_losses) > 1 else None
 
     @property
     def worst_uninspected(self) -> Reads:

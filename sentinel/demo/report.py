@@ -99,14 +99,15 @@ def _utility(hearts: HeartsResult) -> str:
     ]
     rows.append(("mean", f"{hearts.auc_unguarded:.3f}", f"{hearts.auc_guarded:.3f}"))
     spread = ", ".join(f"{loss:+z.3f}" for loss in losses)
-    repeats = hearts.settings.repeats
+    repeats, ends = hearts.settings.repeats, hearts.auc_lost
     averaged = f"mean of {repeats} repeats" if repeats > 1 else "one repeat"
+    lost = "" if ends is None else f" 95 % for their mean: {ends.low:+z.3f} to {ends.high:+z.3f}."
     return f"""<h2>Does the model still learn?</h2>
 <p>Fed-Heart-Disease, federated averaging, {hearts.settings.rounds} rounds, one hidden layer of
 {hearts.settings.hidden} units, policy <code>{escape(hearts.settings.policy)}</code>. AUC on
 held-out patients, {averaged}, paired by split and start.</p>
 {table(("hospital", "AUC without", "AUC with the guard"), rows)}
-<p class="soft">Lost in each repeat, mean over hospitals: {spread}.</p>"""
+<p class="soft">Lost in each repeat, mean over hospitals: {spread}.{lost}</p>"""
 
 
 def _rounds(hearts: HeartsResult) -> str:

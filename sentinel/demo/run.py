@@ -53,12 +53,14 @@ def run_demo(
 def figures(result: DemoResult) -> dict[str, Any]:
     """Every figure of the demo, by name, for a machine."""
     hearts, xrays = result.hearts, result.xrays
+    lost = hearts.auc_lost
     return {
         "auc_unguarded": hearts.auc_unguarded,
         "auc_guarded": hearts.auc_guarded,
         "auc_unguarded_by_site": dict(hearts.auc_unguarded_by_site),
         "auc_guarded_by_site": dict(hearts.auc_guarded_by_site),
         "auc_losses": list(hearts.auc_losses),
+        "auc_lost_interval": None if lost is None else [lost.low, lost.high],
         "repeats": hearts.settings.repeats,
         "rounds": hearts.settings.rounds,
         "hidden_units": hearts.settings.hidden,

@@ -94,6 +94,7 @@ def test_noise_on_each_value_grows_with_the_model() -> None:
     noise = explain(policy(text), Evidence(MODEL, 0.0, 0.0, 0.0, unhealthy=False)).noise
     assert noise is not None
     assert (noise.norm, noise.ratio) == (pytest.approx(3.0 * 5), pytest.approx(7.5))  # 25 values
+    assert noise.multiplier == pytest.approx(1.5)
 
 
 def test_noise_that_drowns_the_update_is_told() -> None:

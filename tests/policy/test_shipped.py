@@ -70,9 +70,10 @@ def test_a_shipped_policy_says_that_it_promises_nothing_formal(name: str) -> Non
 
 def test_genomics_is_as_strict_as_the_policy_that_it_takes_its_figures_from() -> None:
     ours, theirs = (load_policy(name).policy.rules for name in ("genomics", "tabular-ehr"))
-    figures = {rule.id: (rule.max_norm, rule.noise_ratio) for rule in ours}
+    knobs = {"max_norm", "noise_ratio", "noise_multiplier"}
+    figures = {rule.id: rule.model_dump(include=knobs) for rule in ours}
     for rule in theirs:
-        assert figures[rule.id] == (rule.max_norm, rule.noise_ratio)
+        assert figures[rule.id] == rule.model_dump(include=knobs)
 
 
 def test_the_json_schema_beside_them_is_current() -> None:

@@ -13,7 +13,6 @@ estimated is the advantage over these people, not over all people.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,7 +20,7 @@ import torch
 from scipy import stats
 
 from sentinel.errors import MisuseError
-from sentinel.interval import Interval
+from sentinel.interval import Interval, of_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -142,10 +141,7 @@ def measure(pool: Pool, *, permutations: int = 200, generator: torch.Generator) 
 
 def over_splits(values: Tensor, *, confidence: float = 0.95) -> Interval:
     """Student's t interval of the mean of independent values, [splits], two or more."""
-    spread = float(values.double().std()) / math.sqrt(len(values))
-    reach = float(stats.t.ppf(0.5 + confidence / 2, len(values) - 1)) * spread
-    middle = float(values.double().mean())
-    return Interval(middle - reach, middle + reach)
+    return of_mean(values.tolist(), confidence=confidence)
 
 
 def by_split(pool: Pool, called: Tensor) -> Tensor:
