@@ -113,7 +113,7 @@ class Held(Source):
     ) -> Iterator[tuple[list[Span], torch.Tensor]]:
         """The values of spans: views, or small ones copied side by side."""
         for run in runs(spans, lambda name: (self.dtype(name), self.device(name), alike(name))):
-            yield run, joined(self.tensors, run)
+            yield run, joined({span.name: self.tensors[span.name].view(-1) for span in run}, run)
 
 
 class Differences(Source):
@@ -151,10 +151,10 @@ class Differences(Source):
         Raises:
             Withheld: NOT_FINITE.
         """
-        self._local = {name: local_state[name].detach().contiguous() for name in names}
-        self._base = {name: global_state[name].detach().contiguous() for name in self._local}
+        self._local = {name: _flat(local_state[name]) for name in names}
+        self._base = {name: _flat(global_state[name]) for name in self._local}
         self._kinds = {name: _kind(new, self._base[name]) for name, new in self._local.items()}
-        self.shapes = {name: tensor.shape for name, tensor in self._local.items()}
+        self.shapes = {name: local_state[name].shape for name in self._local}
         self._known: dict[Span, float] = {}
         self.squares = self._measured()
 
@@ -307,6 +307,11 @@ class Desk:
             room = self._rooms[kind] = torch.empty(sum(sizes), dtype=dtype, device=device)
         source.write(names, room[: sum(sizes)])
         return torch.split(room[: sum(sizes)], sizes)
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """The values, row by row (values,)."""
+    return tensor.detach().contiguous().view(-1)
 
 
 def _kind(local: torch.Tensor, base: torch.Tensor) -> _Kind:

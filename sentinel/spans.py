@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -15,8 +14,7 @@ if TYPE_CHECKING:
 BLOCK = 1 << 20  # values that one thread takes at a time: some milliseconds of work
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """Values `start` up to `stop` of the tensor `name`, flattened."""
 
     name: str
@@ -28,10 +26,10 @@ class Span:
         """How many values it has."""
         return self.stop - self.start
 
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """These values of a contiguous tensor, as a view (values,)."""
-        flat = tensor.view(-1)
-        return flat if self.size == flat.numel() else flat[self.start : self.stop]
+    def of(self, flat: torch.Tensor) -> torch.Tensor:
+        """These values of a flattened tensor: itself, or a view (values,)."""
+        whole = self.stop - self.start == flat.numel()
+        return flat if whole else flat[self.start : self.stop]
 
 
 def blocks(sizes: Mapping[str, int]) -> list[list[Span]]:
@@ -64,16 +62,16 @@ def runs(spans: Iterable[Span], kind: Callable[[str], object]) -> Iterator[list[
     run: list[Span] = []
     room, last = CHUNK, None
     for span in spans:
-        this = kind(span.name)
-        if run and (span.size > room or this != last):
+        this, size = kind(span.name), span.size
+        if run and (size > room or this != last):
             yield run
             run, room = [], CHUNK
-        if span.size > CHUNK:
+        if size > CHUNK:
             starts = range(span.start, span.stop, CHUNK)
             yield from ([Span(span.name, at, min(at + CHUNK, span.stop))] for at in starts)
         else:
             run.append(span)
-            room, last = room - span.size, this
+            room, last = room - size, this
     if run:
         yield run
 
@@ -84,7 +82,10 @@ def size_of(spans: Iterable[Span]) -> int:
 
 
 def joined(tensors: Mapping[str, torch.Tensor], spans: Sequence[Span]) -> torch.Tensor:
-    """The values of spans one after the other (values,): a view of a single one, else a copy."""
+    """The values of spans one after the other (values,): a view of a single one, else a copy.
+
+    The tensors are flattened: of small ones, views cost more than the values.
+    """
     parts = [span.of(tensors[span.name]) for span in spans]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 

@@ -197,9 +197,11 @@ class Assembly:
         self._update, self._kind, self._rooms = update, kind, rooms
         self._released, self._noised = released, noised
         self._out = {name: self._room(name) for name in released}
+        self._places = {name: out.view(-1) for name, out in self._out.items()}
         self._origins = {
             name: update.base[name].detach().to(out.device).contiguous().view(-1)
             for name, out in self._out.items()
+            if kind == "weights"
         }
 
     def put(self, run: Sequence[Span], values: torch.Tensor) -> None:
@@ -218,7 +220,7 @@ class Assembly:
 
     def _put_alike(self, run: Sequence[Span], values: torch.Tensor) -> None:
         """Settle all values of a run in one call, whatever many tensors they belong to."""
-        places = [span.of(self._out[span.name]) for span in run]
+        places = [span.of(self._places[span.name]) for span in run]
         alone = len(places) == 1
         target = places[0] if alone else values.new_empty(values.shape, dtype=places[0].dtype)
         origin = joined(self._origins, run) if self._kind == "weights" else None

@@ -105,7 +105,7 @@ class Finding:
 def ramp(value: float, low: float, high: float) -> float:
     """Return 0 up to `low`, 1 from `high`, a straight line between; `high` may be the smaller."""
     share = (value - low) / (high - low)
-    return min(max(share, 0.0), 1.0)
+    return 0.0 if share <= 0.0 else min(share, 1.0)
 
 
 def layer_findings(layer: Layer, seen: LayerStatistics) -> Iterator[Finding]:

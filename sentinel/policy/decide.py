@@ -98,7 +98,8 @@ def let_out(policy: Policy, names: Iterable[str]) -> frozenset[str]:
         a name that only rules with `when` match:            stays
         a name that one rule lets out and another withholds: stays
     """
-    return frozenset(name for name in names if _leaves(policy, name))
+    always = policy.always
+    return frozenset(name for name in names if _leaves(always, name))
 
 
 def unmatched(policy: Policy, names: Collection[str]) -> tuple[tuple[str, str], ...]:
@@ -187,9 +188,7 @@ def decide(policy: Policy, evidence: Evidence) -> Plan:
     unit_std = _unit_std(policy, sum(evidence.coordinates[name] for name in released))
     return Plan(
         action=_whole(asked, released),
-        treatments={
-            name: _treatment(rules, actions[name], unit_std) for name, rules in reach.items()
-        },
+        treatments=_treatments(reach, actions, unit_std),
         bounds=_bounds(asked, open_names),
         decided_by=tuple(rule.id for rule in asked),
     )
@@ -228,8 +227,8 @@ def known_at_opening(when: When | None) -> bool:
     return when is None or (when.sensitivity is None and when.budget_spent is None)
 
 
-def _leaves(policy: Policy, name: str) -> bool:
-    rules = reaching(policy.always, name)
+def _leaves(always: Iterable[Rule], name: str) -> bool:
+    rules = reaching(always, name)
     return bool(rules) and all(rule.action is Action.RELEASE for rule in rules)
 
 
@@ -263,6 +262,20 @@ def _unit_std(policy: Policy, coordinates: int) -> float:
     """Return the standard deviation per coordinate that noise_ratio = 1 stands for."""
     # Fewer coordinates share the same norm, so withholding never lowers it.
     return (policy.noise_norm or 0.0) / math.sqrt(max(coordinates, 1))
+
+
+def _treatments(
+    reach: Mapping[str, list[Rule]], actions: Mapping[str, Action], unit_std: float
+) -> dict[str, Treatment]:
+    """Return one treatment per parameter: the same one wherever the same rules say so."""
+    made: dict[tuple[Action, tuple[str, ...]], Treatment] = {}
+    found = {}
+    for name, rules in reach.items():
+        key = (actions[name], tuple([rule.id for rule in rules]))
+        if key not in made:
+            made[key] = _treatment(rules, actions[name], unit_std)
+        found[name] = made[key]
+    return found
 
 
 def _treatment(rules: list[Rule], action: Action, unit_std: float) -> Treatment:
