@@ -8,6 +8,7 @@ than the memory.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from abc import ABC, abstractmethod
@@ -39,14 +40,18 @@ class Source(Mapping[str, torch.Tensor], ABC):
 
     shapes: dict[str, torch.Size]
 
-    @property
-    def sizes(self) -> dict[str, int]:
+    @functools.cached_property
+    def sizes(self) -> Mapping[str, int]:
         """How many values each tensor has."""
         return {name: shape.numel() for name, shape in self.shapes.items()}
 
+    @functools.cached_property
+    def _cut(self) -> list[list[Span]]:
+        return blocks(self.sizes)
+
     def blocks(self, names: Container[str]) -> list[list[Span]]:
         """Blocks of work on some of the tensors; cut the same way whichever they are."""
-        cut = ([span for span in spans if span.name in names] for spans in blocks(self.sizes))
+        cut = ([span for span in spans if span.name in names] for spans in self._cut)
         return [spans for spans in cut if spans]
 
     def __iter__(self) -> Iterator[str]:
@@ -168,7 +173,7 @@ class Differences(Source):
     def write(self, names: Iterable[str], out: torch.Tensor) -> None:
         """Write differences one after the other into `out` (values,), of their dtype and device."""
         start = 0
-        whole = (Span(name, 0, self.shapes[name].numel()) for name in names)
+        whole = (Span(name, 0, self.sizes[name]) for name in names)
         for run in runs(whole, self._kinds.__getitem__):
             stop = start + size_of(run)
             self._subtract(run, out[start:stop])
@@ -300,7 +305,7 @@ class Desk:
     def _laid(
         self, kind: tuple[torch.dtype, torch.device], names: list[str], source: Differences
     ) -> tuple[torch.Tensor, ...]:
-        sizes = [source.shapes[name].numel() for name in names]
+        sizes = [source.sizes[name] for name in names]
         room = self._rooms.get(kind)
         if room is None or room.numel() < sum(sizes):
             dtype, device = kind

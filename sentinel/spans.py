@@ -11,7 +11,7 @@ from sentinel.chunks import CHUNK
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-BLOCK = 1 << 20  # values that one thread takes at a time: some milliseconds of work
+BLOCK = 1 << 19  # values that one thread takes at a time: some milliseconds of work
 
 
 class Span(NamedTuple):
@@ -78,7 +78,7 @@ def runs(spans: Iterable[Span], kind: Callable[[str], object]) -> Iterator[list[
 
 def size_of(spans: Iterable[Span]) -> int:
     """How many values spans have together."""
-    return sum(span.size for span in spans)
+    return sum([stop - start for _, start, stop in spans])
 
 
 def joined(tensors: Mapping[str, torch.Tensor], spans: Sequence[Span]) -> torch.Tensor:
@@ -92,4 +92,6 @@ def joined(tensors: Mapping[str, torch.Tensor], spans: Sequence[Span]) -> torch.
 
 def parted(values: torch.Tensor, spans: Sequence[Span]) -> Sequence[torch.Tensor]:
     """Of values that were joined, those of each span, as views."""
-    return (values,) if len(spans) == 1 else torch.split(values, [span.size for span in spans])
+    if len(spans) == 1:
+        return (values,)
+    return torch.split(values, [stop - start for _, start, stop in spans])

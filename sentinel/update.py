@@ -45,6 +45,7 @@ Kind = Literal["weights", "delta"]
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+_KNOWN = frozenset((*_FLOATS, *_WHOLE))
 _VARIANCE = "running_var"
 _STATISTICS = ("running_mean", _VARIANCE)
 
@@ -145,7 +146,7 @@ class Update:
     @property
     def coordinates(self) -> dict[str, int]:
         """Values behind each name that may leave; a tied name counts 0, its tensor is counted."""
-        return self.deltas.sizes | dict.fromkeys(self.aliases, 0)
+        return {**self.deltas.sizes, **dict.fromkeys(self.aliases, 0)}
 
     def assembly(
         self,
@@ -264,7 +265,7 @@ class Assembly:
         return self._copy(base)
 
     def _finished(self, name: str, base: torch.Tensor) -> torch.Tensor:
-        out = self._out[name].view(base.shape).to(base.device)
+        out = self._out[name].to(base.device)
         if name.rpartition(".")[2] == _VARIANCE and self._kind == "weights":
             positive = out.clamp(min=torch.finfo(out.dtype).tiny)
             out.copy_(torch.where(base > 0, positive, out))  # toward the global value, not past it
@@ -302,7 +303,7 @@ def _check_entry(name: str, value: object) -> None:
         raise _mismatch(
             name, "is sparse, nested, quantized or has no data; a dense tensor was expected"
         )
-    if value.dtype not in (*_FLOATS, *_WHOLE):
+    if value.dtype not in _KNOWN:
         raise _mismatch(
             name, "has a dtype that is not supported; use float64/32/16, bfloat16, int or bool"
         )
@@ -431,8 +432,8 @@ def _header(name: str, dtype: torch.dtype, shape: torch.Size) -> bytes:
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    flat = tensor.cpu().contiguous().view(-1).view(torch.uint8)
-    return flat.numpy().data
+    rows = tensor.cpu().contiguous()
+    return (rows.view(torch.int16) if rows.dtype is torch.bfloat16 else rows).numpy().data
 
 
 def require_state(state: object, what: str) -> None:
