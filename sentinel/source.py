@@ -20,7 +20,7 @@ import torch
 from sentinel.chunks import CHUNK
 from sentinel.crew import share_out
 from sentinel.errors import Withheld
-from sentinel.spans import Span, blocks, joined, parted, runs, size_of
+from sentinel.spans import Span, apart, blocks, joined, parted, runs, size_of
 from sentinel.terms import Reason
 
 if TYPE_CHECKING:
@@ -223,6 +223,10 @@ class Differences(Source):
             yield run, wide[:size].copy_(self._subtract(run, narrow[:size]))
 
     def _subtract(self, run: Sequence[Span], out: torch.Tensor) -> torch.Tensor:
+        if apart(run):
+            for span, part in zip(run, parted(out, run), strict=True):
+                self._subtract([span], part)
+            return out
         new, old = joined(self._local, run), joined(self._base, run)
         return torch.sub(new.to(out.dtype), old.to(out.device, out.dtype), out=out)
 

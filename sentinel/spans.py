@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 BLOCK = 1 << 19  # values that one thread takes at a time: some milliseconds of work
 
+LARGE = 1 << 12  # values of a span from which a copy of it costs more than a few calls
+
 
 class Span(NamedTuple):
     """Values `start` up to `stop` of the tensor `name`, flattened."""
@@ -79,6 +81,11 @@ def runs(spans: Iterable[Span], kind: Callable[[str], object]) -> Iterator[list[
 def size_of(spans: Iterable[Span]) -> int:
     """How many values spans have together."""
     return sum([stop - start for _, start, stop in spans])
+
+
+def apart(spans: Sequence[Span]) -> bool:
+    """Whether spans are better handled one by one: large ones, as copies cost more than calls."""
+    return len(spans) > 1 and size_of(spans) >= LARGE * len(spans)
 
 
 def joined(tensors: Mapping[str, torch.Tensor], spans: Sequence[Span]) -> torch.Tensor:

@@ -30,7 +30,7 @@ from torch.nn.parameter import is_lazy
 from sentinel.errors import MisuseError, Withheld
 from sentinel.memory import room
 from sentinel.source import Differences, Held
-from sentinel.spans import joined, parted
+from sentinel.spans import apart, joined, parted
 from sentinel.terms import Reason
 
 if TYPE_CHECKING:
@@ -213,7 +213,7 @@ class Assembly:
             values: float64 (values,), one span after the other; used up.
         """
         kinds = {(self._out[span.name].dtype, span.name in self._noised) for span in run}
-        if len(kinds) == 1:
+        if len(kinds) == 1 and not apart(run):
             self._put_alike(run, values)
         else:
             for span, part in zip(run, parted(values, run), strict=True):
