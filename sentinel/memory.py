@@ -29,7 +29,7 @@ class Rooms(Protocol):
 def room(shape: torch.Size, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
     """An uninitialised contiguous tensor; a large one on the CPU has a memory map of its own."""
     size = shape.numel() * dtype.itemsize
-    if torch.device(device).type != "cpu" or size < LARGE:
+    if size < LARGE or torch.device(device).type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
     own = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if _HUGE_PAGES is not None:

@@ -8,6 +8,7 @@ than the memory.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from abc import ABC, abstractmethod
@@ -19,7 +20,7 @@ import torch
 from sentinel.chunks import CHUNK
 from sentinel.crew import share_out
 from sentinel.errors import Withheld
-from sentinel.spans import Span, blocks, joined, parted, runs, size_of
+from sentinel.spans import Span, apart, blocks, joined, parted, runs, size_of
 from sentinel.terms import Reason
 
 if TYPE_CHECKING:
@@ -39,14 +40,18 @@ class Source(Mapping[str, torch.Tensor], ABC):
 
     shapes: dict[str, torch.Size]
 
-    @property
-    def sizes(self) -> dict[str, int]:
+    @functools.cached_property
+    def sizes(self) -> Mapping[str, int]:
         """How many values each tensor has."""
         return {name: shape.numel() for name, shape in self.shapes.items()}
 
+    @functools.cached_property
+    def _cut(self) -> list[list[Span]]:
+        return blocks(self.sizes)
+
     def blocks(self, names: Container[str]) -> list[list[Span]]:
         """Blocks of work on some of the tensors; cut the same way whichever they are."""
-        cut = ([span for span in spans if span.name in names] for spans in blocks(self.sizes))
+        cut = ([span for span in spans if span.name in names] for spans in self._cut)
         return [spans for spans in cut if spans]
 
     def __iter__(self) -> Iterator[str]:
@@ -113,7 +118,7 @@ class Held(Source):
     ) -> Iterator[tuple[list[Span], torch.Tensor]]:
         """The values of spans: views, or small ones copied side by side."""
         for run in runs(spans, lambda name: (self.dtype(name), self.device(name), alike(name))):
-            yield run, joined(self.tensors, run)
+            yield run, joined({span.name: self.tensors[span.name].view(-1) for span in run}, run)
 
 
 class Differences(Source):
@@ -151,10 +156,10 @@ class Differences(Source):
         Raises:
             Withheld: NOT_FINITE.
         """
-        self._local = {name: local_state[name].detach().contiguous() for name in names}
-        self._base = {name: global_state[name].detach().contiguous() for name in self._local}
+        self._local = {name: _flat(local_state[name]) for name in names}
+        self._base = {name: _flat(global_state[name]) for name in self._local}
         self._kinds = {name: _kind(new, self._base[name]) for name, new in self._local.items()}
-        self.shapes = {name: tensor.shape for name, tensor in self._local.items()}
+        self.shapes = {name: local_state[name].shape for name in self._local}
         self._known: dict[Span, float] = {}
         self.squares = self._measured()
 
@@ -168,7 +173,7 @@ class Differences(Source):
     def write(self, names: Iterable[str], out: torch.Tensor) -> None:
         """Write differences one after the other into `out` (values,), of their dtype and device."""
         start = 0
-        whole = (Span(name, 0, self.shapes[name].numel()) for name in names)
+        whole = (Span(name, 0, self.sizes[name]) for name in names)
         for run in runs(whole, self._kinds.__getitem__):
             stop = start + size_of(run)
             self._subtract(run, out[start:stop])
@@ -218,6 +223,10 @@ class Differences(Source):
             yield run, wide[:size].copy_(self._subtract(run, narrow[:size]))
 
     def _subtract(self, run: Sequence[Span], out: torch.Tensor) -> torch.Tensor:
+        if apart(run):
+            for span, part in zip(run, parted(out, run), strict=True):
+                self._subtract([span], part)
+            return out
         new, old = joined(self._local, run), joined(self._base, run)
         return torch.sub(new.to(out.dtype), old.to(out.device, out.dtype), out=out)
 
@@ -300,13 +309,18 @@ class Desk:
     def _laid(
         self, kind: tuple[torch.dtype, torch.device], names: list[str], source: Differences
     ) -> tuple[torch.Tensor, ...]:
-        sizes = [source.shapes[name].numel() for name in names]
+        sizes = [source.sizes[name] for name in names]
         room = self._rooms.get(kind)
         if room is None or room.numel() < sum(sizes):
             dtype, device = kind
             room = self._rooms[kind] = torch.empty(sum(sizes), dtype=dtype, device=device)
         source.write(names, room[: sum(sizes)])
         return torch.split(room[: sum(sizes)], sizes)
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """The values, row by row (values,)."""
+    return tensor.detach().contiguous().view(-1)
 
 
 def _kind(local: torch.Tensor, base: torch.Tensor) -> _Kind:

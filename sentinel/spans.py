@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -12,11 +11,12 @@ from sentinel.chunks import CHUNK
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-BLOCK = 1 << 20  # values that one thread takes at a time: some milliseconds of work
+BLOCK = 1 << 19  # values that one thread takes at a time: some milliseconds of work
+
+LARGE = 1 << 12  # values of a span from which a copy of it costs more than a few calls
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """Values `start` up to `stop` of the tensor `name`, flattened."""
 
     name: str
@@ -28,10 +28,10 @@ class Span:
         """How many values it has."""
         return self.stop - self.start
 
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """These values of a contiguous tensor, as a view (values,)."""
-        flat = tensor.view(-1)
-        return flat if self.size == flat.numel() else flat[self.start : self.stop]
+    def of(self, flat: torch.Tensor) -> torch.Tensor:
+        """These values of a flattened tensor: itself, or a view (values,)."""
+        whole = self.stop - self.start == flat.numel()
+        return flat if whole else flat[self.start : self.stop]
 
 
 def blocks(sizes: Mapping[str, int]) -> list[list[Span]]:
@@ -64,31 +64,41 @@ def runs(spans: Iterable[Span], kind: Callable[[str], object]) -> Iterator[list[
     run: list[Span] = []
     room, last = CHUNK, None
     for span in spans:
-        this = kind(span.name)
-        if run and (span.size > room or this != last):
+        this, size = kind(span.name), span.size
+        if run and (size > room or this != last):
             yield run
             run, room = [], CHUNK
-        if span.size > CHUNK:
+        if size > CHUNK:
             starts = range(span.start, span.stop, CHUNK)
             yield from ([Span(span.name, at, min(at + CHUNK, span.stop))] for at in starts)
         else:
             run.append(span)
-            room, last = room - span.size, this
+            room, last = room - size, this
     if run:
         yield run
 
 
 def size_of(spans: Iterable[Span]) -> int:
     """How many values spans have together."""
-    return sum(span.size for span in spans)
+    return sum([stop - start for _, start, stop in spans])
+
+
+def apart(spans: Sequence[Span]) -> bool:
+    """Whether spans are better handled one by one: large ones, as copies cost more than calls."""
+    return len(spans) > 1 and size_of(spans) >= LARGE * len(spans)
 
 
 def joined(tensors: Mapping[str, torch.Tensor], spans: Sequence[Span]) -> torch.Tensor:
-    """The values of spans one after the other (values,): a view of a single one, else a copy."""
+    """The values of spans one after the other (values,): a view of a single one, else a copy.
+
+    The tensors are flattened: of small ones, views cost more than the values.
+    """
     parts = [span.of(tensors[span.name]) for span in spans]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def parted(values: torch.Tensor, spans: Sequence[Span]) -> Sequence[torch.Tensor]:
     """Of values that were joined, those of each span, as views."""
-    return (values,) if len(spans) == 1 else torch.split(values, [span.size for span in spans])
+    if len(spans) == 1:
+        return (values,)
+    return torch.split(values, [stop - start for _, start, stop in spans])

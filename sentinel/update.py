@@ -30,7 +30,7 @@ from torch.nn.parameter import is_lazy
 from sentinel.errors import MisuseError, Withheld
 from sentinel.memory import room
 from sentinel.source import Differences, Held
-from sentinel.spans import joined, parted
+from sentinel.spans import apart, joined, parted
 from sentinel.terms import Reason
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ Kind = Literal["weights", "delta"]
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+_KNOWN = frozenset((*_FLOATS, *_WHOLE))
 _VARIANCE = "running_var"
 _STATISTICS = ("running_mean", _VARIANCE)
 
@@ -145,7 +146,7 @@ class Update:
     @property
     def coordinates(self) -> dict[str, int]:
         """Values behind each name that may leave; a tied name counts 0, its tensor is counted."""
-        return self.deltas.sizes | dict.fromkeys(self.aliases, 0)
+        return {**self.deltas.sizes, **dict.fromkeys(self.aliases, 0)}
 
     def assembly(
         self,
@@ -197,9 +198,11 @@ class Assembly:
         self._update, self._kind, self._rooms = update, kind, rooms
         self._released, self._noised = released, noised
         self._out = {name: self._room(name) for name in released}
+        self._places = {name: out.view(-1) for name, out in self._out.items()}
         self._origins = {
             name: update.base[name].detach().to(out.device).contiguous().view(-1)
             for name, out in self._out.items()
+            if kind == "weights"
         }
 
     def put(self, run: Sequence[Span], values: torch.Tensor) -> None:
@@ -210,7 +213,7 @@ class Assembly:
             values: float64 (values,), one span after the other; used up.
         """
         kinds = {(self._out[span.name].dtype, span.name in self._noised) for span in run}
-        if len(kinds) == 1:
+        if len(kinds) == 1 and not apart(run):
             self._put_alike(run, values)
         else:
             for span, part in zip(run, parted(values, run), strict=True):
@@ -218,7 +221,7 @@ class Assembly:
 
     def _put_alike(self, run: Sequence[Span], values: torch.Tensor) -> None:
         """Settle all values of a run in one call, whatever many tensors they belong to."""
-        places = [span.of(self._out[span.name]) for span in run]
+        places = [span.of(self._places[span.name]) for span in run]
         alone = len(places) == 1
         target = places[0] if alone else values.new_empty(values.shape, dtype=places[0].dtype)
         origin = joined(self._origins, run) if self._kind == "weights" else None
@@ -262,7 +265,7 @@ class Assembly:
         return self._copy(base)
 
     def _finished(self, name: str, base: torch.Tensor) -> torch.Tensor:
-        out = self._out[name].view(base.shape).to(base.device)
+        out = self._out[name].to(base.device)
         if name.rpartition(".")[2] == _VARIANCE and self._kind == "weights":
             positive = out.clamp(min=torch.finfo(out.dtype).tiny)
             out.copy_(torch.where(base > 0, positive, out))  # toward the global value, not past it
@@ -300,7 +303,7 @@ def _check_entry(name: str, value: object) -> None:
         raise _mismatch(
             name, "is sparse, nested, quantized or has no data; a dense tensor was expected"
         )
-    if value.dtype not in (*_FLOATS, *_WHOLE):
+    if value.dtype not in _KNOWN:
         raise _mismatch(
             name, "has a dtype that is not supported; use float64/32/16, bfloat16, int or bool"
         )
@@ -429,8 +432,8 @@ def _header(name: str, dtype: torch.dtype, shape: torch.Size) -> bytes:
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    flat = tensor.cpu().contiguous().view(-1).view(torch.uint8)
-    return flat.numpy().data
+    rows = tensor.cpu().contiguous()
+    return (rows.view(torch.int16) if rows.dtype is torch.bfloat16 else rows).numpy().data
 
 
 def require_state(state: object, what: str) -> None:

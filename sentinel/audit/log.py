@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -189,6 +190,7 @@ def _line(seq: int, previous: str, record: Record) -> bytes:
     return json.dumps(whole, sort_keys=True, separators=(",", ":")).encode()
 
 
+@functools.lru_cache(maxsize=16)  # the last lines are read again at every step of a round
 def _entry(line: bytes) -> Entry:
     try:
         whole = json.loads(line)

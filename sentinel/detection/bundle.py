@@ -15,6 +15,7 @@ import functools
 import hashlib
 import math
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
@@ -120,7 +121,7 @@ class Detector:
 
     def _run(self, batch: NDArray[np.float32]) -> list[float]:
         scores = self._session.run([ANOMALY], {INPUT: batch})[0]
-        return [float(score) for score in scores.reshape(-1)]
+        return list(map(float, scores.ravel().tolist()))
 
     def calibrated(self, vectors: Sequence[Sequence[float]]) -> list[float]:
         """Return what the manifest's map makes of each vector's anomaly score, 0 to 1."""
@@ -128,11 +129,12 @@ class Detector:
 
 
 INPUT, ANOMALY = "features", "anomaly"
+_at = itemgetter(0)
 
 
 def interpolated(value: float, knots: Sequence[tuple[float, float]]) -> float:
     """Return the piecewise linear map through rising knots, constant beyond both ends."""
-    place = bisect.bisect_right([knot[0] for knot in knots], value)
+    place = bisect.bisect_right(knots, value, key=_at)
     if place == 0:
         return knots[0][1]
     if place == len(knots):

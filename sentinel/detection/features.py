@@ -201,11 +201,12 @@ def _windows(entries: Sequence[_Entry]) -> list[list[_Entry]]:
     cut: list[list[_Entry]] = []
     room = 0
     for entry in entries:
-        if entry.cost > room:
+        cost = entry.cost
+        if cost > room:
             cut.append([])
             room = GROUP
         cut[-1].append(entry)
-        room -= entry.cost
+        room -= cost
     return cut
 
 
@@ -259,12 +260,12 @@ def _drawn(number: int | None, window: list[_Entry], desk: Desk, draws: _Draws) 
         return _groups(window, desk)
     try:
         groups = _groups(window, desk)
-        moved = {entry for group in groups for entry in group.entries}
-        order = [entry for entry in window if entry in moved]
+        moved = {entry.names for group in groups for entry in group.entries if entry.is_matrix}
+        order = [entry for entry in window if entry.names in moved]
         drawn = draws.draw(number, [entry.columns for entry in order])
     finally:
         draws.done(number)
-    found = dict(zip(order, drawn, strict=True))
+    found = dict(zip([entry.names for entry in order], drawn, strict=True))
     return [_directed(group, found) for group in groups]
 
 
@@ -305,11 +306,11 @@ def _biases(entries: list[_Entry], bias: Tensor) -> _Group:
     return _Group(vectors, Batch(Stack.of(list(bias), 1, bias.dtype), None, is_matrix=False))
 
 
-def _directed(group: _Group, drawn: Mapping[_Entry, Tensor]) -> _Group:
+def _directed(group: _Group, drawn: Mapping[tuple[str, ...], Tensor]) -> _Group:
     if not group.entries[0].drawing:
         return group
     values = group.batch.stack.values
-    directions = torch.stack([drawn[entry] for entry in group.entries]).to(values.device)
+    directions = torch.stack([drawn[entry.names] for entry in group.entries]).to(values.device)
     return replace(
         group, batch=replace(group.batch, directions=directions.to(group.batch.stack.dtype))
     )

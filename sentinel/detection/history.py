@@ -6,6 +6,7 @@ describes global models, which are public to every site. It is bounded and JSON-
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 
 ROUNDS = 64  # rounds that are remembered
 VERSION = 1
-_FLOOR = -2.0  # log10 of the row norm below which a layer counts as zero: fresh zero-init layers
+_LEAST = 0.01  # row norm below which a layer counts as zero: fresh zero-init layers
+_DIGITS = 6  # after the point, of a log10
 
 Shape = tuple[str, tuple[int, ...], str]  # name, shape, dtype
 
@@ -59,11 +61,8 @@ class History:
 
     def to_json(self) -> str:
         """Write as one line of JSON."""
-        return json.dumps(
-            {"version": VERSION, "structure": self.structure, "scales": self.scales},
-            separators=(",", ":"),
-            allow_nan=False,
-        )
+        structure, scales = _written(self.structure), ",".join(map(_written, self.scales))
+        return f'{{"version":{VERSION},"structure":{structure},"scales":[{scales}]}}'
 
     @classmethod
     def from_json(cls, text: str) -> History:
@@ -89,12 +88,17 @@ class History:
             (str(name), tuple(int(size) for size in shape), str(dtype))
             for name, shape, dtype in data["structure"]
         )
-        scales = tuple(tuple(float(value) for value in row) for row in data["scales"])
-        finite = all(math.isfinite(value) for row in scales for value in row)
+        scales = tuple(tuple(map(float, row)) for row in data["scales"])
+        finite = all(all(map(math.isfinite, row)) for row in scales)
         layers = sum(len(shape) > 1 for _, shape, _ in structure)
         if not finite or any(len(row) > layers for row in scales):
             raise ValueError
         return cls(structure, scales[-ROUNDS:])
+
+
+@functools.lru_cache(maxsize=4 * ROUNDS)  # all but one row come back the next round
+def _written(row: tuple[float, ...] | tuple[Shape, ...]) -> str:
+    return json.dumps(row, separators=(",", ":"), allow_nan=False)
 
 
 def structure_of(state: Mapping[str, Tensor]) -> tuple[Shape, ...]:
@@ -119,5 +123,8 @@ def scales_of(state: Mapping[str, Tensor]) -> tuple[float, ...]:
 
 
 def scale_of(size: float) -> float:
-    """Return log10 of a layer's root mean square row norm, not below the floor."""
-    return math.log10(max(size, 10.0**_FLOOR)) if math.isfinite(size) else 38.0
+    """Return log10 of a layer's root mean square row norm, not below the floor.
+
+    It is rounded: a history is written and read in every round.
+    """
+    return round(math.log10(max(size, _LEAST)), _DIGITS) if math.isfinite(size) else 38.0

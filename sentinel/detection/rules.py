@@ -105,21 +105,21 @@ class Finding:
 def ramp(value: float, low: float, high: float) -> float:
     """Return 0 up to `low`, 1 from `high`, a straight line between; `high` may be the smaller."""
     share = (value - low) / (high - low)
-    return min(max(share, 0.0), 1.0)
+    return 0.0 if share <= 0.0 else min(share, 1.0)
 
 
 def layer_findings(layer: Layer, seen: LayerStatistics) -> Iterator[Finding]:
     """Yield what the rules find in one layer, strengths above 0 only."""
-    strengths = {
-        Kind.PARALLEL_ROWS: _parallel(layer, seen),
-        Kind.TRAP_ROWS: _traps(layer, seen),
-        Kind.QUANTILE_BIASES: _quantiles(layer, seen),
-        Kind.DEAD_UNITS: _dead(layer, seen),
-        Kind.LARGE_ENTRY: _entry(seen),
-        Kind.LARGE_BIAS: ramp(seen.bias_range, 1.5, 2.0),
-        Kind.SINGLE_ROW: _single_row(layer, seen),
-    }
-    for kind, strength in strengths.items():
+    strengths = (
+        (Kind.PARALLEL_ROWS, _parallel(layer, seen)),
+        (Kind.TRAP_ROWS, _traps(layer, seen)),
+        (Kind.QUANTILE_BIASES, _quantiles(layer, seen)),
+        (Kind.DEAD_UNITS, _dead(layer, seen)),
+        (Kind.LARGE_ENTRY, _entry(seen)),
+        (Kind.LARGE_BIAS, ramp(seen.bias_range, 1.5, 2.0)),
+        (Kind.SINGLE_ROW, _single_row(layer, seen)),
+    )
+    for kind, strength in strengths:
         if strength > 0.0:
             yield Finding(kind, layer.index, strength)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -90,10 +91,11 @@ class LayerStatistics:
 
     def vector(self) -> list[float]:
         """Return the statistics in the order of `STATISTICS`, for the anomaly detector."""
-        return [float(getattr(self, name)) for name in STATISTICS]
+        return list(map(float, _in_order(self)))
 
 
 STATISTICS: tuple[str, ...] = tuple(field.name for field in fields(LayerStatistics))
+_in_order = attrgetter(*STATISTICS)
 
 
 @dataclass(frozen=True, slots=True)

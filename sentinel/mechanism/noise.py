@@ -96,7 +96,7 @@ def treat_all(
         values.copy_(values.to(source.dtype(run[0].name)))  # as it is rounded
         found = []
         for span, part in zip(run, parted(values, run), strict=True):
-            span.of(made[span.name]).copy_(part)
+            span.of(made[span.name].view(-1)).copy_(part)
             found.append((span.name, torch.dot(part, part)))
         return found
 

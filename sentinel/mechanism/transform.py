@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -69,12 +70,13 @@ def prepare(update: Update, plan: Plan, *, base_std: float) -> Prepared:
                                                  more
         a tensor that is withheld:               no recipe
     """
-    treatments = {name: _strictest(plan, name, update.aliases) for name in update.deltas}
+    treatments = _strictest(update, plan)
     bounds = [_resolve(bound, update.aliases) for bound in plan.bounds]
     recipes = _gridded(update, treatments, bounds, base_std)
     factors = _factors(update, recipes, bounds)
+    scaled = functools.cache(lambda recipe, factor: replace(recipe, factor=factor))
     leaving = {
-        name: replace(recipes[name], factor=factors[name])
+        name: scaled(recipes[name], factors[name])
         for name, treatment in treatments.items()
         if treatment.action is Action.RELEASE
     }
@@ -117,13 +119,17 @@ def _gridded(
 ) -> dict[str, Recipe]:
     """Recipes without their factors; each grid is as fine as its noise and its own bounds ask."""
     coordinates = sum(update.deltas.sizes.values())
-    recipes = {}
-    for name, treatment in treatments.items():
-        least = min((bound.max_norm for bound in bounds if name in bound.names), default=math.inf)
+
+    @functools.cache
+    def recipe(treatment: Treatment, least: float) -> Recipe:
         std = _missing_std(treatment, base_std)
         step = grid_step(least, coordinates, std) if std > 0.0 else 0.0
-        limit = max(0.0, treatment.max_abs - step / 2)
-        recipes[name] = Recipe(limit, 1.0, std, step, treatment.keep)
+        return Recipe(max(0.0, treatment.max_abs - step / 2), 1.0, std, step, treatment.keep)
+
+    recipes = {}
+    for name, treatment in treatments.items():
+        norms = [bound.max_norm for bound in bounds if name in bound.names]
+        recipes[name] = recipe(treatment, min(norms, default=math.inf))
     return recipes
 
 
@@ -152,16 +158,18 @@ def _missing_std(treatment: Treatment, base_std: float) -> float:
     return math.sqrt(max(treatment.noise_std**2 - base_std**2, 0.0))  # NaN stays: it is refused
 
 
-def _strictest(plan: Plan, name: str, aliases: Mapping[str, str]) -> Treatment:
-    """The treatment of a tensor: the strictest that any of its names asks for."""
-    twins = [plan.treatments[alias] for alias, original in aliases.items() if original == name]
-    together = [plan.treatments[name], *twins]
-    return Treatment(
-        action=max(t.action for t in together),
-        max_abs=min(t.max_abs for t in together),
-        noise_std=max(t.noise_std for t in together),
-        keep=min(t.keep for t in together),
-    )
+def _strictest(update: Update, plan: Plan) -> dict[str, Treatment]:
+    """The treatment of each tensor: the strictest that any of its names asks for."""
+    found = {name: plan.treatments[name] for name in update.deltas}
+    for alias, name in update.aliases.items():
+        one, other = found[name], plan.treatments[alias]
+        found[name] = Treatment(
+            action=max(one.action, other.action),
+            max_abs=min(one.max_abs, other.max_abs),
+            noise_std=max(one.noise_std, other.noise_std),
+            keep=min(one.keep, other.keep),
+        )
+    return found
 
 
 def _resolve(bound: NormBound, aliases: Mapping[str, str]) -> NormBound:

@@ -100,7 +100,8 @@ def let_out(policy: Policy, names: Iterable[str]) -> frozenset[str]:
         a name that only rules with `when` match:            stays
         a name that one rule lets out and another withholds: stays
     """
-    return frozenset(name for name in names if _leaves(policy, name))
+    always = policy.always
+    return frozenset(name for name in names if _leaves(always, name))
 
 
 def unmatched(policy: Policy, names: Collection[str]) -> tuple[tuple[str, str], ...]:
@@ -192,7 +193,7 @@ def decide(policy: Policy, evidence: Evidence) -> Plan:
     units = unit_stds(policy, sum(evidence.coordinates[name] for name in released))
     return Plan(
         action=_whole(asked, released),
-        treatments={name: _treatment(rules, actions[name], units) for name, rules in reach.items()},
+        treatments=_treatments(reach, actions, units),
         bounds=_bounds(asked, open_names),
         decided_by=tuple(rule.id for rule in asked),
     )
@@ -252,8 +253,8 @@ def known_at_opening(when: When | None) -> bool:
     return when is None or (when.sensitivity is None and when.budget_spent is None)
 
 
-def _leaves(policy: Policy, name: str) -> bool:
-    rules = reaching(policy.always, name)
+def _leaves(always: Iterable[Rule], name: str) -> bool:
+    rules = reaching(always, name)
     return bool(rules) and all(rule.action is Action.RELEASE for rule in rules)
 
 
@@ -281,6 +282,22 @@ def _whole(asked: list[Rule], released: Collection[str]) -> Action:
     if found is not None and found.value >= Action.WITHHOLD_UPDATE:
         return Action(int(found.value))
     return Action.RELEASE if released else Action.WITHHOLD
+
+
+def _treatments(
+    reach: Mapping[str, list[Rule]],
+    actions: Mapping[str, Action],
+    units: Mapping[Knob, float],
+) -> dict[str, Treatment]:
+    """Return one treatment per parameter: the same one wherever the same rules say so."""
+    made: dict[tuple[Action, tuple[str, ...]], Treatment] = {}
+    found = {}
+    for name, rules in reach.items():
+        key = (actions[name], tuple([rule.id for rule in rules]))
+        if key not in made:
+            made[key] = _treatment(rules, actions[name], units)
+        found[name] = made[key]
+    return found
 
 
 def _treatment(rules: list[Rule], action: Action, units: Mapping[Knob, float]) -> Treatment:

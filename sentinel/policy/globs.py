@@ -17,7 +17,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection
 
 MAX_LENGTH = 256  # characters of one glob; the longest names in public models have about 120
 EVERYTHING = "**"
@@ -41,9 +41,9 @@ def problem(glob: str) -> str | None:
     return None
 
 
-def matches(globs: Iterable[str], name: str) -> bool:
+def matches(globs: Collection[str], name: str) -> bool:
     """Say whether at least one of `globs` matches the whole of `name`."""
-    return any(glob == EVERYTHING or compiled(glob).match(name + ".") for glob in globs)
+    return EVERYTHING in globs or any(compiled(glob).match(name + ".") for glob in globs)
 
 
 @lru_cache(maxsize=4096)
