@@ -32,7 +32,7 @@ from sentinel.audit import (
 )
 from sentinel.audit.records import SCORE_STEPS
 from sentinel.bounds import auto_norms, learn
-from sentinel.crew import both, one_thread
+from sentinel.crew import one_thread
 from sentinel.durable import storage
 from sentinel.errors import MisuseError, SentinelError, Withheld, unforeseen
 from sentinel.gate import gate, require_open, require_sound
@@ -308,18 +308,14 @@ def _cost(
 
 def _read(house: House, opened: OpenRound, local: Mapping[str, torch.Tensor]) -> Update:
     policy = house.rules
-
-    def read() -> Update:
-        return Update.from_states(
-            opened.base,
-            local,
-            buffers=opened.buffers,
-            statistics_as_parameters=policy.limits.statistics == "as-parameters",
-            let_out=lambda names: let_out(policy, names),
-        )
-
-    _, update = both(lambda: _require_received(opened, model_digest(opened.base)), read)
-    return update
+    _require_received(opened, model_digest(opened.base))
+    return Update.from_states(
+        opened.base,
+        local,
+        buffers=opened.buffers,
+        statistics_as_parameters=policy.limits.statistics == "as-parameters",
+        let_out=lambda names: let_out(policy, names),
+    )
 
 
 def _require_received(opened: PublicRound, digest: str) -> None:

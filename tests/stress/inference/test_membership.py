@@ -189,10 +189,6 @@ def test_the_shipped_policy_takes_most_of_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.xfail(
-    reason="the noise is sized by the whole update, and the joint attack sees a record through it",
-    strict=True,
-)
 def test_under_the_shipped_policy_no_attack_gains_five_points(tmp_path: Path) -> None:
     """The figure that is aimed at: over five rounds the upper end at most .05 above the null."""
     found = federation(tmp_path, "tabular-ehr", splits=6, rounds=5, planted=False)
