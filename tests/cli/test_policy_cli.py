@@ -313,7 +313,7 @@ def test_explain_reads_like_prose() -> None:
         "An update with fewer than 16 patients behind it is withheld.",
         "When the suspicion about the global model is 0.5 or more: the round is refused.",
         "With sensitivity score 0.6, suspicion 0, 0 % of the budget spent and a healthy global",
-        "every parameter | - | released, max_norm 0.04, noise_ratio 20, noise_multiplier 1.8, keep",
+        "every parameter | - | released, max_norm 0.04, noise_ratio 20, noise_multiplier 2, keep",
         "keep: leaky",
     ):
         assert sentence in text
@@ -322,14 +322,14 @@ def test_explain_reads_like_prose() -> None:
 def test_explain_with_a_model_puts_the_noise_beside_the_clip(model: Path) -> None:
     code, answer = run_json("explain", "tabular-ehr", "--model", model)
     assert code == 0
-    assert answer["noise"]["ratio"] == pytest.approx(0.9 * 330**0.5)
-    assert answer["noise"]["multiplier"] == pytest.approx(0.9)
+    assert answer["noise"]["ratio"] == pytest.approx(330**0.5)
+    assert answer["noise"]["multiplier"] == pytest.approx(1.0)
     assert answer["noise"]["coordinates"] == 330
     assert answer["formal_guarantee"] is False
     assert answer["groups"][0]["knobs"]["max_norm"] == {"value": 0.04, "rules": ["baseline"]}
     text = run("explain", "tabular-ehr", "--model", model)[1]
-    assert "bound on the update's norm: 0.04. The noise is at least 16.3 times the signal" in text
-    assert "over 330 values; on each of them 0.9 times." in text
+    assert "bound on the update's norm: 0.04. The noise is at least 18.2 times the signal" in text
+    assert "over 330 values; on each of them 1 times." in text
     assert "2 running statistics of normalisation layers stay" in text
     assert "WARNING" not in text
     loud = run("explain", "tabular-ehr", "--model", model, "--sensitivity", "0.6")[1]

@@ -190,8 +190,11 @@ def test_the_shipped_policy_takes_most_of_it(tmp_path: Path) -> None:
 
 @pytest.mark.soak
 def test_under_the_shipped_policy_no_attack_gains_five_points(tmp_path: Path) -> None:
-    """The figure that is aimed at: over five rounds the upper end at most .05 above the null."""
-    found = federation(tmp_path, "tabular-ehr", splits=6, rounds=5, planted=False)
+    """Over five rounds, half of the patients trained on: the upper end at most .05 above the null.
+
+    Six splits leave an interval of .04 on either side.
+    """
+    found = federation(tmp_path, "tabular-ehr", splits=24, rounds=5, planted=False)
     assert min(found["joint"].members, found["joint"].others) >= 1500
     assert max(got.excess for got in found.values()) <= 0.05
 
