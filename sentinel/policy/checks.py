@@ -7,7 +7,6 @@ that somebody should have made on purpose. A note is worth knowing before signin
 from __future__ import annotations
 
 import enum
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -18,6 +17,10 @@ from sentinel.policy.decide import (
     at_least,
     known_at_opening,
     let_out,
+    reach_of,
+    reaching,
+    site_std,
+    unit_stds,
     unmatched,
 )
 from sentinel.terms import Action, Unit
@@ -285,9 +288,7 @@ def _dead(policy: Policy, rule: Rule) -> Iterator[Finding]:
 
 def _idle_noise(policy: Policy, rule: Rule) -> Iterator[Finding]:
     """Look for noise that is none, or no more than a promise for the site adds by itself."""
-    promised = 0.0
-    if policy.privacy is not None and policy.privacy.unit is Unit.SITE:
-        promised = policy.privacy.noise_multiplier
+    promised = site_std(policy) / (policy.noise_norm or 1.0)
     for knob in NOISES:
         asked = getattr(rule, knob)
         if asked == 0:
@@ -401,21 +402,33 @@ def _against_model(policy: Policy, candidates: Mapping[str, int]) -> Iterator[Fi
             f"{len(kept)} of {len(candidates)} parameters never leave: "
             f"{', '.join(kept[:_MAX_NAMES])}{more}"
         )
-    yield from _outgrown(policy, sum(candidates[name] for name in leaving))
+    yield from _outgrown(policy, {name: candidates[name] for name in leaving})
 
 
-def _outgrown(policy: Policy, values: int) -> Iterator[Finding]:
-    """Look for a noise_ratio that should tighten, and is less than what every round has here."""
-    always = (rule.noise_multiplier or 0.0 for rule in policy.always if rule.everywhere)
-    multiplier = max(always, default=0.0)
-    had = multiplier * math.sqrt(values)
-    for rule in policy.rules:
-        if rule.when is None or not rule.noise_ratio or (rule.noise_multiplier or 0) > multiplier:
+def _outgrown(policy: Policy, values: Mapping[str, int]) -> Iterator[Finding]:
+    """Look for noise that should tighten, and is no more than what every round has here."""
+    total, plain = sum(values.values()), policy.resolved({})
+    units = unit_stds(plain, total)
+    for rule in plain.rules:
+        asked = _std(rule, units)
+        names = reach_of(rule, values)
+        if rule.when is None or not asked or not names:
             continue
-        if rule.noise_ratio <= had:
+        had = min(_std_always(plain, name, units) for name in names)
+        if asked <= had:
             yield _warning(
-                f"noise_ratio = {rule.noise_ratio:g} adds nothing on this model: over its "
-                f"{values:,} values noise_multiplier = {multiplier:g}, which every round has, is a "
-                f"noise_ratio of {had:.3g}; give the rule a larger noise_multiplier",
+                f"its noise adds nothing on this model: over {total:,} values it is "
+                f"{asked / units['noise_multiplier']:.3g} times the bound on each of them, and "
+                f"every round has {had / units['noise_multiplier']:.3g}; ask for more",
                 rule.id,
             )
+
+
+def _std_always(policy: Policy, name: str, units: Mapping[Knob, float]) -> float:
+    """Return what every round adds to a parameter: by its rules, or by a promise for the site."""
+    asked = (_std(rule, units) for rule in reaching(policy.always, name))
+    return max([site_std(policy), *asked])
+
+
+def _std(rule: Rule, units: Mapping[Knob, float]) -> float:
+    return max((getattr(rule, knob) or 0.0) * unit for knob, unit in units.items())

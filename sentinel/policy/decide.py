@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from sentinel.policy.fields import AUTO
 from sentinel.policy.globs import EVERYTHING, matches
-from sentinel.terms import Action, Evidence, NormBound, Plan, Treatment
+from sentinel.terms import Action, Evidence, NormBound, Plan, Treatment, Unit
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
@@ -209,6 +209,14 @@ def unit_stds(policy: Policy, coordinates: int) -> dict[Knob, float]:
     norm = policy.noise_norm or 0.0
     # Fewer coordinates share the norm of noise_ratio, so that withholding never lowers it.
     return {"noise_ratio": norm / math.sqrt(max(coordinates, 1)), "noise_multiplier": norm}
+
+
+def site_std(policy: Policy) -> float:
+    """Return the standard deviation that a promise for the site adds to every value; 0 without."""
+    promise = policy.privacy
+    if promise is None or promise.unit is not Unit.SITE:
+        return 0.0
+    return promise.noise_multiplier * promise.clip_norm
 
 
 def released_values(plan: Plan, coordinates: Mapping[str, int]) -> int:

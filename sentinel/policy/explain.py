@@ -18,6 +18,7 @@ from sentinel.policy.decide import (
     let_out,
     reaching,
     released_values,
+    site_std,
     strictest,
     unit_stds,
 )
@@ -30,11 +31,12 @@ if TYPE_CHECKING:
     from sentinel.policy.schema import Policy, Rule
     from sentinel.terms import Plan
 
-DROWNING = 1.0
-"""Standard deviation of the noise on each value / clip beyond which four sites lost more than 2
-points of area under the ROC curve on tabular records over 20 rounds, at 64 to 1024 hidden units
-alike; a convolutional net on radiographs lost 2.5 points of accuracy at .24 already
-(docs/stress.md)."""
+USABLE_RATIO, USABLE_MULTIPLIER = 65.0, 1.0
+"""The most noise, beside the clip, that four sites were measured to learn under at a cost of about
+2 points of area under the ROC curve and 3 of accuracy: its norm, and that on each value. On 13
+columns of tabular records and a perceptron of 3841 values (docs/stress.md); a convolutional net of
+17 000 values lost as much accuracy at a ratio of 32 already, and more columns ask for larger
+updates than such a clip lets through."""
 
 EVERY = "every parameter"
 OTHERS = "every other parameter"
@@ -92,7 +94,7 @@ class Noise:
     @property
     def drowns(self) -> bool:
         """Whether the noise is so large that a small federation learns little."""
-        return self.multiplier > DROWNING * (1.0 + 1e-9)
+        return self.ratio > USABLE_RATIO or self.multiplier > USABLE_MULTIPLIER * (1.0 + 1e-9)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,8 @@ def explain(
     if not labels:
         released = released_values(plan, evidence.coordinates)
         units = unit_stds(policy.resolved(evidence.auto_norms), released)
-        groups = tuple(replace(group, knobs=_deciding(group, units)) for group in groups)
+        base = site_std(policy)
+        groups = tuple(replace(group, knobs=_deciding(group, units, base)) for group in groups)
     return Explanation(
         action=plan.action,
         decided_by=plan.decided_by,
@@ -177,12 +180,13 @@ def _group(
     )
 
 
-def _deciding(group: Group, units: Mapping[Knob, float]) -> dict[Knob, Strictest]:
+def _deciding(group: Group, units: Mapping[Knob, float], base: float) -> dict[Knob, Strictest]:
     """Leave out a noise that is smaller than the one in force."""
+    least = max(group.noise_std, base)
     return {
         knob: found
         for knob, found in group.knobs.items()
-        if knob not in units or found.value * units[knob] >= group.noise_std
+        if knob not in units or found.value * units[knob] >= least
     }
 
 
@@ -195,11 +199,10 @@ def _strictest(rules: list[Rule], knob: Knob) -> Strictest | None:
 
 def _noise(policy: Policy, plan: Plan, evidence: Evidence) -> Noise:
     """Add up the noise over all released coordinates: sqrt(sum of n x std^2)."""
-    base, clip = 0.0, math.inf
+    base, clip = site_std(policy), math.inf
     trained = policy.privacy is not None and policy.privacy.unit is not Unit.SITE
     if policy.privacy is not None and not trained:
         clip = policy.privacy.clip_norm
-        base = policy.privacy.noise_multiplier * clip
     released = {
         name: evidence.coordinates[name]
         for name, treatment in plan.treatments.items()

@@ -30,8 +30,8 @@ was asked for, 0 where nothing left, and is the mean over all of these:
 - hearts, *lead*: how often the guesses are nearer to a patient behind it than to a held-out one,
   less how often they are farther. It still sees something where noise leaves no guess near;
 - hearts, *told*: membership. The server keeps every honest update of all patients; of a hospital's
-  patients the attack on all candidates together calls as many members as there are: true less false
-  positives, mean over hospitals. It alone is a figure of the whole federation;
+  patients the attack on all candidates together calls as many members as there are, whose number it
+  knows: true less false positives, mean over hospitals. It alone is a figure of the whole federation;
 - xrays, *gain*: mean SSIM above the class mean of public pictures, by the better of two estimates
   under a prior that was fitted on them; the attacker is told labels, clip, noise and mask.
 
@@ -135,7 +135,7 @@ def fixed(knobs: Mapping[str, object], least: int | None = None) -> LoadedPolicy
     """A policy with one rule, which always applies."""
     lines = ["schema = 1", 'name = "fixed"', "[limits]", "keep_releases = 1"]
     lines += [] if least is None else [f"min_patients = {least}"]
-    lines += ["[[rule]]", 'id = "all"', *(f"{knob} = {value}" for knob, value in knobs.items())]
+    lines += ["[[rule]]", 'id = "all"', *(f"{k} = {json.dumps(v)}" for k, v in knobs.items())]
     return parse_policy("\n".join(lines).encode(), "fixed")
 
 
@@ -286,6 +286,8 @@ def main() -> None:
     asked = parser.parse_args()
     match = matches(asked.xrays)[asked.data]
     seeds, cycles = (2, 1) if asked.quick else (asked.seeds, asked.cycles or match.cycles)
+    if any(rule.max_abs for rule in load_policy(asked.policy or match.shipped).policy.rules):
+        parser.error("the attackers do not know policies with max_abs; name another one")
     begin, ran = time.process_time(), {}
     with one_thread():
         entered = list(contestants(match, asked.policy or match.shipped, quick=asked.quick))

@@ -71,7 +71,7 @@ def test_every_figure_that_is_asked_for_is_there_and_finite(result: run.DemoResu
 def test_the_whole_demo_reaches_its_aims() -> None:
     """The figures in the README, at the bounds that they have to keep."""
     full = run.figures(run.run_demo(Settings(), XraySettings()))
-    assert full["auc_lost_interval"][0] <= 0.02
+    assert full["auc_lost_interval"][0] <= 0.02  # not shown to be more than the aim
     assert full["auc_guarded"] >= full["auc_unguarded"] - 0.04
     assert full["rows_read_unguarded"] > 0
     assert full["rows_read_guarded"] == full["rows_read_guarded_uninspected"] == 0

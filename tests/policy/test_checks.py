@@ -148,8 +148,21 @@ def test_a_ratio_that_the_noise_of_every_round_has_outgrown_on_this_model_is_tol
         one for one in findings(text, MODEL) if one[1] == "r" and "adds nothing on this" in one[2]
     ]
     assert bool(said) is outgrown
-    assert not said or "which every round has, is a noise_ratio of 10.5" in said[0][2]
+    assert not said or "0.953 times the bound on each of them, and every round has 1;" in said[0][2]
     assert not [one for one in findings(text) if one[1] == "r"]
+
+
+def test_noise_that_adds_nothing_to_a_promise_or_to_a_ratio_on_this_model_is_told() -> None:
+    """Whichever of the two noises is the larger one, and whoever asks for it."""
+    when = "when = { sensitivity = 0.5 }\n"
+    promised = HEAD + SITE + STOPS + '[[rule]]\nid = "all"\n' + RULE + when + "noise_ratio = 10\n"
+    narrow = HEAD + BASE + STOPS + '[[rule]]\nid = "part"\nmatch = ["body.**"]\n'
+    narrow += "noise_multiplier = 2\n" + RULE + 'match = ["body.**"]\n' + when + "noise_ratio = 5\n"
+    mirror = HEAD + BASE.replace("noise_ratio = 1", "noise_ratio = 50") + STOPS + RULE + when
+    for text in (promised, narrow, mirror + "noise_multiplier = 0.3\n"):
+        said = [one for one in findings(text, MODEL) if "adds nothing on this model" in one[2]]
+        assert [one[1] for one in said] == ["r"]
+    assert "adds nothing" not in str(findings(mirror + "noise_multiplier = 6\n", MODEL))
 
 
 @pytest.mark.parametrize(
