@@ -30,8 +30,8 @@ was asked for, 0 where nothing left, and is the mean over all of these:
 - hearts, *lead*: how often the guesses are nearer to a patient behind it than to a held-out one,
   less how often they are farther. It still sees something where noise leaves no guess near;
 - hearts, *told*: membership. The server keeps every honest update of all patients; of a hospital's
-  patients the attack on all candidates together calls as many members as there are, whose number it
-  knows: true less false positives, mean over hospitals. It alone is a figure of the whole federation;
+  patients the attack on all candidates together calls as many members as there are (it knows how
+  many): true less false positives, mean over hospitals. It alone is of the whole federation;
 - xrays, *gain*: mean SSIM above the class mean of public pictures, by the better of two estimates
   under a prior that was fitted on them; the attacker is told labels, clip, noise and mask.
 
