@@ -35,7 +35,7 @@ ALONE = (
     "update",
 )
 FACE = {  # the others belong to their modules
-    "audit.peers": ("Digests", "digests_of", "read_digests", "require_others", "compare"),
+    "audit.peers": ("Digests", "digests_of", "read_digests", "claims_of", "compare"),
     "guard": ("Guard", "connect"),
     "policy.decide": ("decide", "let_out"),
     "release": ("release",),

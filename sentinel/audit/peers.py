@@ -2,23 +2,26 @@
 
 A server that sends one site another model than the rest (gradient suppression, an attack on one
 client in one round of fifty) may send models that each look honest. No site sees that alone; two
-that compare digests do, whatever the attack.
+that compare digests do, where both were sent a model for the same named round.
 
 - A site's digests come from its log: every round that was opened, or refused once its global model
   was digested.
-- They hold digests of public things, numbers of rounds, and the place of the log's last record.
-  The hash of that record tells nobody what it says: the record holds a random id of 128 bits.
+- They hold digests of public things, numbers of rounds, and the hash of the last record shown. It
+  tells nobody what that record says, which holds a random id of 128 bits; nor how many there are.
 - A peer's digests are hostile: bounded, and good only if they would be written again byte for byte.
-- A round that only one of two sites has is not compared. It is never the same.
+- A round that only one of two sites has is not compared. It is never the same. A server that makes
+  up a round for one site alone is not seen here.
 - Who wrote them, and that nobody changed them since, is for the way they came by.
 """
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import json
+import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
@@ -38,13 +41,23 @@ if TYPE_CHECKING:
 MOST_ROUNDS = 100_000  # five years of 48 rounds a day
 LARGEST = 32 << 20  # bytes; more than that many rounds take
 
+_ROW = (
+    rb'\{\n      "global_model": "[0-9a-f]{64}",\n      "number": (?:0|[1-9][0-9]{0,15}+),\n'
+    rb'      "round": "[0-9a-f]{64}"\n    \}'
+)
+_LAYOUT = re.compile(  # of `Digests.to_bytes`; nothing in it is ever tried twice
+    rb'\{\n  "format": "sentinel-digests",\n  "log": "[0-9a-f]{64}",\n  "rounds": \['
+    rb"(?:\n    %b(?:,\n    %b){0,%d}+\n  )?+"
+    rb'\],\n  "version": 1\n\}\n' % (_ROW, _ROW, MOST_ROUNDS - 1)
+)
+
 
 class Answer(enum.StrEnum):
     """What a comparison came to."""
 
     INCONSISTENCY = Verdict.INCONSISTENCY.value
     NO_DIFFERENCE = "no-difference"
-    NOT_COMPARED = "not-compared"  # nothing at all was
+    NOT_COMPARED = "not-compared"  # nothing was, or it is not certain with whom
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -74,8 +87,7 @@ class Digests(BaseModel):
     """What one site shows to others.
 
     Attributes:
-        log_seq: number of the last record of the log that they are from.
-        log_head: its hash.
+        log: names the log that they are from, by the hash of the last record that is shown.
         rounds: in order, none twice; a round with two global models has two of them.
 
     Guarantees:
@@ -84,8 +96,7 @@ class Digests(BaseModel):
     Edges:
         a log without a round:                     no rounds
         rounds out of order, or one twice:         ValidationError
-        more rounds than the log has records:      ValidationError
-        a head without a record, or the reverse:   ValidationError
+        a round without a log, or the reverse:     ValidationError
         an unknown field, format or version:       ValidationError
         `only` of no round:                        no rounds, of the same log
         `to_bytes` of as many rounds as there may: fewer than `LARGEST`
@@ -95,8 +106,7 @@ class Digests(BaseModel):
 
     format: Literal["sentinel-digests"] = "sentinel-digests"
     version: Literal[1] = 1
-    log_seq: Seq
-    log_head: Digest
+    log: Digest
     rounds: Annotated[tuple[RoundSeen, ...], Field(max_length=MOST_ROUNDS)]
 
     @model_validator(mode="after")
@@ -104,8 +114,8 @@ class Digests(BaseModel):
         rows = [(row.name, row.global_model) for row in self.rounds]
         if any(later <= earlier for earlier, later in pairwise(rows)):
             raise ValueError("rounds: in order, none twice")
-        if len(rows) > self.log_seq or (self.log_seq == 0) != (self.log_head == GENESIS):
-            raise ValueError("log_seq: the number of the log's last record")
+        if (not rows) != (self.log == GENESIS):
+            raise ValueError("log: the hash of the last record that is shown")
         return self
 
     @property
@@ -138,23 +148,25 @@ def digests_of(entries: Iterable[Entry], wanted: Callable[[RoundName], bool]) ->
         MisuseError: more rounds than one file holds.
 
     Guarantees:
-        Of a record nothing is taken but the round, its number and the digest of its global model;
-        the same records give the same bytes.
+        Of a record nothing is taken but the round, its number, the digest of its global model and,
+        of the last one shown, its hash. Records that are not shown change nothing, be they few or
+        many; the same records give the same bytes.
 
     Edges:
         a round that was opened again on the same model: once
         a round with two global models:                  both
         a round refused before its model was digested:   left out
-        a log without a record:                          no rounds, record 0
+        a log without a round that is shown:             no rounds, and no log is named
     """
-    seq, head = 0, GENESIS
+    log = GENESIS
     found: set[tuple[RoundName, str]] = set()
     for entry in entries:
-        seq, head, record = entry.seq, entry.hash, entry.record
+        record = entry.record
         if isinstance(record, RoundOpened | RoundRefused) and record.global_model is not None:
             name = RoundName(record.number, record.round)
             if wanted(name):
                 found.add((name, record.global_model))
+                log = entry.hash
     if len(found) > MOST_ROUNDS:
         raise MisuseError(
             f"The log has more than {MOST_ROUNDS} rounds; name the first one that is wanted with "
@@ -164,7 +176,7 @@ def digests_of(entries: Iterable[Entry], wanted: Callable[[RoundName], bool]) ->
         RoundSeen(number=name.number, round=name.round, global_model=model)
         for name, model in sorted(found)
     ]
-    return Digests(log_seq=seq, log_head=head, rounds=tuple(rows))
+    return Digests(log=log, rounds=tuple(rows))
 
 
 def read_digests(content: bytes, name: str) -> Digests:
@@ -179,18 +191,20 @@ def read_digests(content: bytes, name: str) -> Digests:
 
     Guarantees:
         What is read would be written again byte for byte: no second key of a name, no second
-        spelling of a number, nothing beside.
+        spelling of a number, nothing beside. Bytes of another layout are refused before anything
+        is made of them: one pass, no memory of their size.
 
     Edges:
         cut short, changed, or of another kind: MisuseError
         written in another order or layout:     MisuseError
         a key that is there twice:              MisuseError
         no byte at all:                         MisuseError
+        `LARGEST` bytes of small things:        MisuseError
     """
-    try:
-        digests = Digests.model_validate_json(content)
-    except ValidationError:
-        digests = None
+    digests = None
+    if _LAYOUT.fullmatch(content):
+        with contextlib.suppress(ValidationError):
+            digests = Digests.model_validate_json(content)
     if digests is None or digests.to_bytes() != content:
         raise MisuseError(
             f"{name} is not what `sentinel audit digests` writes: format sentinel-digests, version "
@@ -199,40 +213,47 @@ def read_digests(content: bytes, name: str) -> Digests:
     return digests
 
 
-def require_others(
-    peers: Sequence[tuple[str, Digests]], hash_at: Callable[[int], str | None] | None
-) -> None:
-    """Refuse a comparison of a site with itself, and one peer that would count as two.
+@dataclass(frozen=True, slots=True)
+class Claims:
+    """Files that say that they come from a log which cannot be theirs alone.
+
+    Attributes:
+        own: files that claim this site's own log.
+        shared: groups of files that claim one log of another site.
+    """
+
+    own: tuple[str, ...] = ()
+    shared: tuple[tuple[str, ...], ...] = ()
+
+    def __bool__(self) -> bool:
+        """Whether there is any."""
+        return bool(self.own or self.shared)
+
+
+def claims_of(peers: Sequence[tuple[str, Digests]], entries: Iterable[Entry]) -> Claims:
+    """Which files claim this site's log, or one log together.
 
     Args:
         peers: digests, each with the name of its file.
-        hash_at: the hash of one record of this site's log; None where there is no log at hand.
-
-    Raises:
-        MisuseError: the name of the file that is this site's own, or the same log as another.
+        entries: this site's whole log; empty where there is none at hand.
 
     Guarantees:
-        No digests that pass say that they are from this log, nor any two that they are from one
-        record of one log. A peer that lies about its log is not found out.
+        Nothing is left out of a comparison for what a file claims: a hostile peer can copy what an
+        honest one wrote. A peer that lies about its log is not found out.
 
     Edges:
-        an export of this log, also an older one: MisuseError
-        two exports of one log at one record:     MisuseError
-        an export of a log without a record:      passes; it has no round to compare
+        an export of this log, also an older one:       own
+        two exports of one log up to one shown record:  shared
+        an export without a round:                      neither; it has no round to compare
     """
-    logs: dict[tuple[int, str], str] = {}
+    logs: dict[str, list[str]] = defaultdict(list)
     for name, digests in peers:
-        if digests.log_seq == 0:
-            continue
-        if hash_at is not None and hash_at(digests.log_seq) == digests.log_head:
-            raise MisuseError(
-                f"{name} is from this site's own log. A comparison with oneself proves nothing: "
-                "name files of other sites."
-            )
-        log = (digests.log_seq, digests.log_head)
-        if log in logs:
-            raise MisuseError(f"{logs[log]} and {name} are from the same log; name one of them.")
-        logs[log] = name
+        if digests.log != GENESIS:
+            logs[digests.log].append(name)
+    ours = {entry.hash for entry in entries if entry.hash in logs}
+    own = tuple(name for log in logs if log in ours for name in logs[log])
+    shared = [tuple(found) for log, found in logs.items() if log not in ours and found[1:]]
+    return Claims(own, tuple(shared))
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,8 +264,10 @@ class Comparison:
         same: both were sent the same.
         another: the peer was sent another global model than this site.
         not_compared: this site's rounds that the peer has none of.
-        repeated: the peer's rounds with more than one global model.
+        repeated: this site's rounds with more than one global model at the peer.
         not_here: how many of the peer's rounds this site has none of.
+        repeated_elsewhere: those among them with more than one global model: no business of this
+            site's, and no alarm.
     """
 
     same: tuple[RoundName, ...]
@@ -252,6 +275,7 @@ class Comparison:
     not_compared: tuple[RoundName, ...]
     repeated: tuple[RoundName, ...]
     not_here: int
+    repeated_elsewhere: tuple[RoundName, ...]
 
     @property
     def compared(self) -> int:
@@ -264,6 +288,10 @@ class Comparison:
         if self.another or self.repeated:
             return Answer.INCONSISTENCY
         return Answer.NO_DIFFERENCE if self.compared else Answer.NOT_COMPARED
+
+    def differences_alone(self) -> Comparison:
+        """This, where what is the same proves nothing: the peer may have copied it from here."""
+        return replace(self, same=(), not_compared=tuple(sorted(self.not_compared + self.same)))
 
 
 def compare(own: Models, theirs: Models) -> Comparison:
@@ -278,15 +306,18 @@ def compare(own: Models, theirs: Models) -> Comparison:
         a round of one digest under two numbers:           not compared: one of them is no round
         one global model here, that and another there:     another, and repeated
         the same two global models on both sides:          the same, and repeated
+        two global models of a round that is not here:     repeated elsewhere, no inconsistency
         nothing in common:                                 NOT_COMPARED
     """
+    more = repeated(theirs)
     both = sorted(own.keys() & theirs.keys())
     return Comparison(
         same=tuple(name for name in both if own[name] == theirs[name]),
         another=tuple(name for name in both if own[name] != theirs[name]),
         not_compared=tuple(sorted(own.keys() - theirs.keys())),
-        repeated=repeated(theirs),
+        repeated=tuple(name for name in more if name in own),
         not_here=len(theirs.keys() - own.keys()),
+        repeated_elsewhere=tuple(name for name in more if name not in own),
     )
 
 

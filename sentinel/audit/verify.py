@@ -35,6 +35,8 @@ def verify_log(
     folder: Path,
     ledger_hash: Callable[[int], str | None] | None = None,
     noted: Iterable[tuple[int, str]] = (),
+    *,
+    torn_end: bool = False,
 ) -> Findings:
     """Check every record, the chain, and the ledger heads in it.
 
@@ -42,6 +44,7 @@ def verify_log(
         folder: the log's folder.
         ledger_hash: the ledger's hash at a sequence number; None where it has no such row.
         noted: (number, hash) of records that the ledger names.
+        torn_end: pass over a last line that a crash cut short, or that a guard is writing.
 
     Raises:
         Withheld: LOG_DAMAGED, also where the log lacks a record that the ledger names, or
@@ -55,7 +58,7 @@ def verify_log(
     types: Counter[str] = Counter()
     bits, seq, head, ledger_seq = 0, 0, GENESIS, 0
     named = dict(noted)
-    for entry in read_log(folder):
+    for entry in read_log(folder, torn_end=torn_end):
         record = entry.record
         if record.ledger_seq < ledger_seq:
             raise Withheld(

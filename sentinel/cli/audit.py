@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import itertools
+import os
 import re
 import sys
 from collections import deque
@@ -29,6 +30,7 @@ from sentinel.cli.peers import (
     document,
     end,
     own_digests,
+    own_entries,
     read_peers,
     say_log,
     verified,
@@ -140,20 +142,16 @@ def digests(
     state = StateFolder.existing(state_dir)
     if out is not None:
         _require_place(out, state.path)
-    found = own_digests(state, wanted)
+    found = own_digests(state, wanted, named=run is not None)
     if out is None:
-        sys.stdout.write(found.to_bytes().decode())
+        _write_out(found.to_bytes())
         return
     try:
         replace_file(out, found.to_bytes())
     except OSError:
         say_error(f"{out} could not be written; check space and permissions.")
         raise typer.Exit(REFUSED) from None
-    console().print(
-        f"{out}: {len(found.models)} rounds, from the log up to record {found.log_seq}.",
-        markup=False,
-        soft_wrap=True,
-    )
+    console().print(f"{out}: {len(found.models)} rounds.", markup=False, soft_wrap=True)
 
 
 @app.command("compare")
@@ -170,15 +168,18 @@ def compare_command(
 ) -> None:
     """Name each round in which the server sent another site another global model.
 
-    A round that only one of two sites has is not compared. Exit code 1 where any round differs, 2
-    where a file has no round in common with this site's log.
+    A round that only one of two sites has is not compared; those of this site that no file has are
+    named. Exit code 1 where any round differs, 2 where a file has no round in common with this
+    site's log, or claims the log of another file or of this site.
     """
+    from sentinel.audit.peers import claims_of
     from sentinel.state import StateFolder
 
     wanted = wanted_rounds(federation, run, from_round)
     state = StateFolder.existing(state_dir)
-    own = own_digests(state, wanted).models
-    check = check_log(own, read_peers(peers, state.log.hash_at), wanted)
+    own = own_digests(state, wanted, named=run is not None).models
+    others = read_peers(peers)
+    check = check_log(own, others, wanted, claims_of(others, own_entries(state)))
     if as_json:
         print_json(document(check))
     else:
@@ -190,8 +191,22 @@ def _require_place(out: Path, state: Path) -> None:
     """Refuse a file that cannot be, or that would lie among what the guard keeps."""
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise MisuseError(f"{out} must be a file in a folder that is there.")
+    if out.is_symlink() or (out.exists() and not out.is_file()):
+        raise MisuseError(f"{out} is there and is no plain file; name another, or move it away.")
     if out.absolute().parent.resolve().is_relative_to(state.resolve()):
         raise MisuseError(f"{out} lies in the state folder; name a file outside it.")
+
+
+def _write_out(content: bytes) -> None:
+    """To standard output, or exit with a sentence; what did not fit is not tried again at exit."""
+    try:
+        sys.stdout.write(content.decode())
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        say_error("Standard output could not be written; check space and permissions.")
+        raise typer.Exit(REFUSED) from None
 
 
 def _plain(entry: Entry) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from sentinel.cli.peers import (
     check_round,
     document,
     end,
-    own_log,
+    own_state,
     read_peers,
     round_name,
     say_round,
@@ -58,7 +58,7 @@ def inspect_command(
     Only the weights are read; with the architecture at hand (in Python) probes are run as well.
     With --peers it says too which other sites were sent this very model in the round. Exit code 1
     where suspicion is .5 or more, the model is unhealthy, or another site was sent another one; 2
-    where no other site has the round.
+    where no other site has the round, or this site's log has it with another model.
     """
     from sentinel.detection import inspect_global_model
     from sentinel.update import model_digest
@@ -66,12 +66,13 @@ def inspect_command(
     if (not peers) != (round_number is None):
         raise MisuseError("--peers and --round go together: say which round the model is for.")
     name = round_name(federation, run, round_number or 0)
-    others = read_peers(peers, own_log(state_dir)) if peers else []
+    site = own_state(state_dir) if peers else None
+    others = read_peers(peers) if peers else []
     state = read_tensors(global_model, "a global model")
     before = None if previous is None else read_tensors(previous, "an earlier global model")
-    found = inspect_global_model(state, before)
     digest = model_digest(state) if peers else ""
-    check = check_round(name, digest, others) if peers else None
+    check = check_round(name, digest, others, site) if peers else None
+    found = inspect_global_model(state, before)
     names = sorted(state.keys() | (before or {}).keys()) if _restructured(found) else sorted(state)
     if as_json:
         more = {} if check is None else {"global_model": digest, "comparison": document(check)}
@@ -80,10 +81,11 @@ def inspect_command(
         _print(found, names)
         if check is not None:
             say_round(check, digest)
-    if found.suspicion >= ALARM or found.unhealthy:
-        raise typer.Exit(REFUSED)
+    alarm = found.suspicion >= ALARM or found.unhealthy
     if check is not None:
-        end(check)
+        end(check, alarm=alarm)
+    if alarm:
+        raise typer.Exit(REFUSED)
 
 
 def _restructured(found: Inspection) -> bool:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sentinel.cli.console import REFUSED, console, say_error
+from sentinel.cli.console import MISUSE, REFUSED, console, say_error
 from sentinel.errors import MisuseError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from sentinel.audit import Findings
-    from sentinel.audit.peers import Answer, Comparison, Digests, Models, RoundName
+    from sentinel.audit import Entry, Findings
+    from sentinel.audit.peers import Answer, Claims, Comparison, Digests, Models, RoundName
     from sentinel.state import StateFolder
 
 Federation = Annotated[
@@ -60,54 +60,69 @@ def _digest_of(federation: str, run: str) -> Callable[[int], str]:
     return lambda number: RoundKey(federation, run, number).digest
 
 
-def verified(state: StateFolder) -> Findings:
-    """What the log holds, once it, the chain of hashes and the ledger were checked."""
+def verified(state: StateFolder, *, torn_end: bool = False) -> Findings:
+    """What the log holds, once it, the chain of hashes and the ledger were checked.
+
+    With `torn_end` a last line that was cut short is passed over.
+    """
     from sentinel.audit import verify_log
     from sentinel.gate import require_sound
 
     noted = [(row.log_head.seq, row.log_head.hash) for row in state.ledger.rows()]
-    found = verify_log(state.audit, state.ledger.hash_at, noted)
+    found = verify_log(state.audit, state.ledger.hash_at, noted, torn_end=torn_end)
     require_sound(state)
     return found
 
 
-def own_digests(state: StateFolder, wanted: Callable[[RoundName], bool]) -> Digests:
-    """This site's own, from a log that was checked."""
+def own_entries(state: StateFolder) -> Iterator[Entry]:
+    """This site's log; a last line that was cut short is passed over: a guard may be writing."""
     from sentinel.audit import read_log
+
+    return read_log(state.audit, torn_end=True)
+
+
+def own_digests(
+    state: StateFolder, wanted: Callable[[RoundName], bool], *, named: bool = False
+) -> Digests:
+    """This site's own, from a log that is checked first.
+
+    Raises:
+        MisuseError: a run was named, and there is no round of it.
+    """
     from sentinel.audit.peers import digests_of
 
-    verified(state)
-    return digests_of(read_log(state.audit, torn_end=True), wanted)  # a guard may be writing
+    verified(state, torn_end=True)
+    found = digests_of(own_entries(state), wanted)
+    if named and not found.rounds:
+        raise MisuseError(
+            "The log has no such round: check the spelling of --run and --federation, and "
+            "--from-round."
+        )
+    return found
 
 
-def own_log(state_dir: Path | None) -> Callable[[int], str | None] | None:
-    """How this site's own digests are known: by its log; None where no guard keeps one here."""
+def own_state(state_dir: Path | None) -> StateFolder | None:
+    """This site's state; None where no guard keeps one here and nobody names one."""
     from sentinel.state import StateFolder
 
     try:
-        state = StateFolder.existing(state_dir)
+        return StateFolder.existing(state_dir)
     except MisuseError:
         if state_dir is not None:
             raise
         say_error("No log of this site is here, so a file of its own would not be known by it.")
         return None
-    verified(state)
-    return state.log.hash_at
 
 
-def read_peers(
-    paths: Sequence[Path], hash_at: Callable[[int], str | None] | None
-) -> list[tuple[str, Digests]]:
+def read_peers(paths: Sequence[Path]) -> list[tuple[str, Digests]]:
     """Other sites' digests, each with the name of its file as it was given.
 
     Raises:
-        MisuseError: a file that is no such thing, this site's own, or the same log as another.
+        MisuseError: a file that is no such thing.
     """
-    from sentinel.audit.peers import read_digests, require_others
+    from sentinel.audit.peers import read_digests
 
-    peers = [(str(path), read_digests(_content(path), str(path))) for path in paths]
-    require_others(peers, hash_at)
-    return peers
+    return [(str(path), read_digests(_content(path), str(path))) for path in paths]
 
 
 def _content(path: Path) -> bytes:
@@ -141,36 +156,85 @@ class Check:
         verdict: what it came to.
         own: this site's.
         beside: each peer's, with the name of its file.
+        claims: files whose log cannot be theirs alone.
     """
 
     verdict: Answer
     own: Models
     beside: Sequence[tuple[str, Comparison]]
+    claims: Claims
+
+    @property
+    def with_nobody(self) -> list[RoundName]:
+        """This site's rounds that were compared with nobody, in order."""
+        compared = {name for _, found in self.beside for name in (*found.same, *found.another)}
+        return sorted(self.own.keys() - compared)
 
 
 def check_log(
-    own: Models, peers: Iterable[tuple[str, Digests]], wanted: Callable[[RoundName], bool]
+    own: Models,
+    peers: Sequence[tuple[str, Digests]],
+    wanted: Callable[[RoundName], bool],
+    claims: Claims,
 ) -> Check:
     """All wanted rounds; a file that shares none of them is never passed over."""
-    from sentinel.audit.peers import Answer, compare, repeated
+    from sentinel.audit.peers import Answer, repeated
 
-    beside = [(file, compare(own, theirs.only(wanted).models)) for file, theirs in peers]
+    beside = _beside(own, peers, wanted, claims)
     answers = {found.answer for _, found in beside}
     if repeated(own):
         answers.add(Answer.INCONSISTENCY)
+    if claims:
+        answers.add(Answer.NOT_COMPARED)
     order = (Answer.INCONSISTENCY, Answer.NOT_COMPARED, Answer.NO_DIFFERENCE)
-    return Check(next(answer for answer in order if answer in answers), own, beside)
+    return Check(next(answer for answer in order if answer in answers), own, beside, claims)
 
 
-def check_round(name: RoundName, digest: str, peers: Iterable[tuple[str, Digests]]) -> Check:
-    """One round, in which not every site takes part; one of them has to."""
-    from sentinel.audit.peers import Answer, compare
+def check_round(
+    name: RoundName, digest: str, peers: Sequence[tuple[str, Digests]], state: StateFolder | None
+) -> Check:
+    """One round, in which not every site takes part; one of them has to.
 
+    Raises:
+        MisuseError: this site's log has the round, with other global models alone.
+    """
+    from sentinel.audit.peers import Answer, claims_of
+
+    if state is not None:
+        _require_model(name, digest, state)
+    claims = claims_of(peers, () if state is None else own_entries(state))
     own = {name: frozenset({digest})}
-    beside = [(file, compare(own, theirs.only(own.__contains__).models)) for file, theirs in peers]
+    beside = _beside(own, peers, own.__contains__, claims)
     answers = {found.answer for _, found in beside}
+    if claims:
+        answers = (answers & {Answer.INCONSISTENCY}) | {Answer.NOT_COMPARED}
     order = (Answer.INCONSISTENCY, Answer.NO_DIFFERENCE, Answer.NOT_COMPARED)
-    return Check(next(answer for answer in order if answer in answers), own, beside)
+    return Check(next(answer for answer in order if answer in answers), own, beside, claims)
+
+
+def _require_model(name: RoundName, digest: str, state: StateFolder) -> None:
+    known = own_digests(state, name.__eq__).models.get(name, {digest})
+    if digest not in known:
+        raise MisuseError(
+            f"This site's log has round {name.number} with another global model than this file: "
+            "most likely --round is mistyped, or the file is of another round. Nothing was "
+            "compared. If both are right, the server sent this site two models for one round."
+        )
+
+
+def _beside(
+    own: Models,
+    peers: Iterable[tuple[str, Digests]],
+    wanted: Callable[[RoundName], bool],
+    claims: Claims,
+) -> list[tuple[str, Comparison]]:
+    """Each file's rounds beside this site's; of one that may be a copy, what differs counts."""
+    from sentinel.audit.peers import compare
+
+    found = ((file, compare(own, theirs.only(wanted).models)) for file, theirs in peers)
+    return [
+        (file, each.differences_alone() if file in claims.own else each) for file, each in found
+    ]
 
 
 def say_log(check: Check) -> None:
@@ -180,20 +244,30 @@ def say_log(check: Check) -> None:
     for file, found in check.beside:
         share = 100 * found.compared // max(1, len(check.own))  # 100 % are all of them
         _say(f"{file}: {found.compared} of {len(check.own)} rounds compared ({share} %).")
-        if found.not_compared:
+        if found.not_compared and file not in check.claims.own:
             _say(f"  Not compared, since it has no such round: {_spans(found.not_compared)}.")
         if found.not_here:
             _say(f"  Not compared, since this site has no such round: {found.not_here}.")
+        if found.repeated_elsewhere:
+            _say(
+                "  With more than one global model there, and not here, so no alarm: "
+                f"{_spans(found.repeated_elsewhere)}."
+            )
     for line in _each(repeated(check.own), "this site was sent more than one global model"):
         _say(line)
     _say_differences(check)
+    if check.with_nobody:
+        _say(
+            f"{len(check.with_nobody)} of {len(check.own)} rounds were compared with nobody, and "
+            f"what was sent in them is not known to be the same: {_spans(check.with_nobody)}."
+        )
 
 
 def say_round(check: Check, digest: str) -> None:
     """Print what was found about one round."""
     _say(f"Digest of this global model: {digest}")
     for file, found in check.beside:
-        for name in found.not_compared:
+        for name in () if file in check.claims.own else found.not_compared:
             _say(f"Round {name.number}: {file} has no such round; not compared.")
         if not found.repeated:
             for name in found.same:
@@ -201,12 +275,15 @@ def say_round(check: Check, digest: str) -> None:
     _say_differences(check)
 
 
-def end(check: Check) -> None:
-    """Leave with the exit code of a verdict."""
+def end(check: Check, *, alarm: bool = False) -> None:
+    """Say what files falsely claim, and leave with the exit code of a verdict, or of an alarm."""
     from sentinel.audit.peers import Answer
 
-    if check.verdict is Answer.INCONSISTENCY:
+    _say_claims(check.claims)
+    if alarm or check.verdict is Answer.INCONSISTENCY:
         raise typer.Exit(REFUSED)
+    if check.claims:
+        raise typer.Exit(MISUSE)
     if check.verdict is Answer.NOT_COMPARED:
         raise MisuseError(
             "No round in common, with any of the files or with one of them: nothing was compared "
@@ -223,6 +300,9 @@ def document(check: Check) -> dict[str, Any]:
         "verdict": check.verdict.value,
         "rounds": len(check.own),
         "repeated": [_named(name) for name in repeated(check.own)],
+        "compared_with_nobody": [_named(name) for name in check.with_nobody],
+        "claim_own_log": list(check.claims.own),
+        "claim_one_log": [list(files) for files in check.claims.shared],
         "peers": [_plain(file, found, len(check.own)) for file, found in check.beside],
     }
 
@@ -237,8 +317,22 @@ def _say_differences(check: Check) -> None:
             _say(line)
     if check.verdict is Answer.INCONSISTENCY:
         _say(STOP)
-    elif any(found.compared for _, found in check.beside):
+    elif any(found.compared for _, found in check.beside) and not check.claims:
         _say("No difference in any round that was compared.")
+
+
+def _say_claims(claims: Claims) -> None:
+    for file in claims.own:
+        say_error(
+            f"{file} claims to be from this site's own log. Where it agrees it proves nothing, and "
+            "is not counted. If another site sent it, it may be forged: do not drop it, ask that "
+            "site by another way."
+        )
+    for files in claims.shared:
+        say_error(
+            f"{' and '.join(files)} claim to be from one log: one of them may be forged. Do not "
+            "drop either; ask both sites by another way."
+        )
 
 
 def _say(line: str) -> None:
@@ -274,6 +368,7 @@ def _plain(file: str, found: Comparison, rounds: int) -> dict[str, Any]:
         "repeated": [_named(name) for name in found.repeated],
         "not_compared": [_named(name) for name in found.not_compared],
         "not_here": found.not_here,
+        "repeated_elsewhere": [_named(name) for name in found.repeated_elsewhere],
     }
 
 

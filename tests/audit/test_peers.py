@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -23,14 +25,15 @@ from sentinel.audit.peers import (
     LARGEST,
     MOST_ROUNDS,
     Answer,
+    Claims,
     Digests,
     RoundName,
     RoundSeen,
+    claims_of,
     compare,
     digests_of,
     read_digests,
     repeated,
-    require_others,
 )
 from sentinel.errors import MisuseError
 from sentinel.terms import GENESIS, Reason, Verdict
@@ -68,13 +71,13 @@ def shown(folder: Path, *records: Record) -> Digests:
     return digests_of(read_log(folder), everything)
 
 
-def seen(*rows: tuple[int, str], seq: int = 40, head: str = HEAD) -> Digests:
+def seen(*rows: tuple[int, str], head: str = HEAD) -> Digests:
     """Digests of rounds given as (number, global model)."""
     named = sorted({(number, ROUNDS[number], model) for number, model in rows})
     found = [
         RoundSeen(number=number, round=name, global_model=model) for number, name, model in named
     ]
-    return Digests(log_seq=seq, log_head=head, rounds=tuple(found))
+    return Digests(log=head if found else GENESIS, rounds=tuple(found))
 
 
 def numbers(names: tuple[RoundName, ...]) -> list[int]:
@@ -97,12 +100,11 @@ def test_digests_hold_rounds_and_models_and_nothing_else(tmp_path: Path) -> None
         RoundAborted(**BASE, round=ROUNDS[1]),
     )
     document = json.loads(found.to_bytes())
-    last = list(read_log(tmp_path))[-1]
+    last = list(read_log(tmp_path))[1]  # the last one of a round that is shown
     assert document == {
         "format": "sentinel-digests",
         "version": 1,
-        "log_seq": 4,
-        "log_head": last.hash,
+        "log": last.hash,
         "rounds": [
             {"number": 0, "round": ROUNDS[0], "global_model": MODELS[0]},
             {"number": 2, "round": ROUNDS[2], "global_model": MODELS[2]},
@@ -128,9 +130,19 @@ def test_a_round_is_shown_once_for_each_of_its_models(tmp_path: Path) -> None:
 
 def test_a_log_without_a_round_shows_none(tmp_path: Path) -> None:
     empty = digests_of(read_log(tmp_path / "none"), everything)
-    assert (empty.log_seq, empty.log_head, empty.rounds) == (0, GENESIS, ())
+    assert (empty.log, empty.rounds) == (GENESIS, ())
     assert read_digests(empty.to_bytes(), "b.json") == empty
-    assert shown(tmp_path, RoundAborted(**BASE, round=ROUNDS[0])).rounds == ()
+    assert shown(tmp_path, RoundAborted(**BASE, round=ROUNDS[0])) == empty
+
+
+def test_records_that_are_not_shown_change_nothing(tmp_path: Path) -> None:
+    """Neither how many there are, nor that there are any: other federations, withheld updates."""
+    before = shown(tmp_path, opened(0, MODELS[0]))
+    log = AuditLog(tmp_path)
+    for record in (opened(3, MODELS[1]), RoundAborted(**BASE, round=ROUNDS[0]), refused(2, None)):
+        log.append(lambda record=record: record)
+    after = digests_of(read_log(tmp_path), lambda name: name.number == 0)
+    assert after.to_bytes() == before.to_bytes()
 
 
 def test_only_the_rounds_that_are_wanted_are_shown(tmp_path: Path) -> None:
@@ -139,7 +151,7 @@ def test_only_the_rounds_that_are_wanted_are_shown(tmp_path: Path) -> None:
     assert [row.number for row in late.rounds] == [1, 2]
     assert whole.only(lambda name: name.number >= 1) == late
     none = whole.only(lambda _: False)
-    assert (none.rounds, none.log_seq, none.log_head) == ((), 3, whole.log_head)
+    assert (none.rounds, none.log) == ((), whole.log)
 
 
 def test_more_rounds_than_a_file_holds_are_misuse(
@@ -152,7 +164,7 @@ def test_more_rounds_than_a_file_holds_are_misuse(
 
 def test_the_longest_file_fits_the_bound() -> None:
     row = RoundSeen(number=2**53, round=ROUNDS[0], global_model=MODELS[0])
-    one = Digests(log_seq=2**53, log_head=HEAD, rounds=(row,))
+    one = Digests(log=HEAD, rounds=(row,))
     two = one.model_copy(update={"rounds": (row, row)})
     each = len(two.to_bytes()) - len(one.to_bytes())
     assert len(one.to_bytes()) + each * MOST_ROUNDS < LARGEST
@@ -166,14 +178,14 @@ def test_the_longest_file_fits_the_bound() -> None:
     [
         {"rounds": [(1, 0), (0, 0)]},  # out of order
         {"rounds": [(0, 0), (0, 0)]},  # twice
-        {"log_seq": 1},  # fewer records than rounds
-        {"log_seq": 0},
-        {"log_head": GENESIS},
+        {"log": GENESIS},
+        {"rounds": []},
+        {"log_seq": 4},
         {"version": 2},
         {"format": "other"},
         {"note": "patient 12"},
-        {"log_head": "E" * 64},
-        {"log_seq": 4.0},
+        {"log": "E" * 64},
+        {"version": "1"},
     ],
 )
 def test_digests_that_no_log_gives_are_refused(change: dict) -> None:
@@ -182,7 +194,7 @@ def test_digests_that_no_log_gives_are_refused(change: dict) -> None:
         {"number": number, "round": ROUNDS[number], "global_model": MODELS[model]}
         for number, model in rows
     ]
-    whole = {"format": "sentinel-digests", "version": 1, "log_seq": 4, "log_head": HEAD}
+    whole = {"format": "sentinel-digests", "version": 1, "log": HEAD}
     text = json.dumps({**whole, **change}, indent=2, sort_keys=True) + "\n"
     with pytest.raises(ValidationError):
         Digests.model_validate_json(text)
@@ -219,7 +231,8 @@ def test_another_layout_or_a_second_key_is_refused() -> None:
         content.rstrip(),
         b"\xef\xbb\xbf" + content,
         twice,
-        content.replace(b'"log_seq": 40', b'"log_seq": 4e1'),
+        content.replace(b'"number": 0', b'"number": 0.0'),
+        content.replace(b'"number": 0', b'"number": 00'),
     ):
         with pytest.raises(MisuseError, match="byte for byte"):
             read_digests(other, "b.json")
@@ -241,6 +254,40 @@ def test_digests_are_read_as_written_and_no_change_passes_unseen(rows, data) -> 
         assert read_digests(changed, "b.json") != digests
 
 
+READ = """
+import resource, sys, time
+from sentinel.audit.peers import LARGEST, Digests, RoundSeen, read_digests
+from sentinel.errors import MisuseError
+row = RoundSeen(number=1, round="1" * 64, global_model="2" * 64)
+one = Digests(log="3" * 64, rounds=(row,)).to_bytes()
+at, end = one.index(b"\\n    {"), one.index(b"\\n  ],")
+kinds = {
+    "zeros": lambda: b'{"rounds":[' + b"0," * (LARGEST // 2 - 8) + b"0]}",
+    "nested": lambda: b"[" * LARGEST,
+    "rows": lambda: one[:at] + one[at:end] + (b"," + one[at:end]) * 150_000 + one[end:],
+    "digits": lambda: one.replace(b'"number": 1', b'"number": ' + b"1" * (LARGEST - 400)),
+}
+content = kinds[sys.argv[1]]()
+assert 25 << 20 < len(content) <= LARGEST, len(content)
+before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+try:
+    read_digests(content, "b.json")
+except MisuseError:
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(after - before, time.process_time() - start)
+"""
+
+
+@pytest.mark.parametrize("kind", ["zeros", "nested", "rows", "digits"])
+def test_a_large_hostile_file_takes_little_memory_and_time(kind: str) -> None:
+    """Refused before anything is made of it: a hundredth of the gigabytes that a parser takes."""
+    command = [sys.executable, "-c", READ, kind]
+    done = subprocess.run(command, capture_output=True, check=True)  # noqa: S603 - our own code
+    kibibytes, seconds = map(float, done.stdout.split())
+    assert kibibytes < 40 << 10
+    assert seconds < 5
+
+
 @given(st.binary(max_size=400))
 def test_no_bytes_raise_anything_else(content: bytes) -> None:
     with pytest.raises(MisuseError):
@@ -250,27 +297,33 @@ def test_no_bytes_raise_anything_else(content: bytes) -> None:
 # ---- whom one compares with
 
 
-def test_a_site_is_not_compared_with_itself(tmp_path: Path) -> None:
-    """Also not with what it showed earlier."""
+def test_a_site_knows_its_own_file(tmp_path: Path) -> None:
+    """Also what it showed earlier; and it is left to be compared."""
     early = shown(tmp_path, opened(0, MODELS[0]))
-    log = AuditLog(tmp_path)
-    log.append(lambda: opened(1, MODELS[0]))
-    with pytest.raises(MisuseError, match="is from this site's own log"):
-        require_others([("b.json", seen((0, MODELS[0]))), ("own.json", early)], log.hash_at)
-    require_others([("own.json", early)], None)  # no log at hand: it cannot be known
+    AuditLog(tmp_path).append(lambda: opened(1, MODELS[0]))
+    peers = [("b.json", seen((0, MODELS[0]))), ("own.json", early)]
+    assert claims_of(peers, read_log(tmp_path)) == Claims(own=("own.json",))
+    assert not claims_of(peers, ())  # no log at hand: it cannot be known
 
 
-def test_one_log_does_not_count_as_two_sites() -> None:
-    one = seen((0, MODELS[0]))
-    with pytest.raises(MisuseError, match="are from the same log"):
-        require_others([("b.json", one), ("copy.json", one)], None)
-    require_others([("b.json", one), ("c.json", seen((0, MODELS[0]), head="d" * 64))], None)
+def test_files_of_one_log_are_told() -> None:
+    one, other = seen((0, MODELS[0])), seen((0, MODELS[0]), head="d" * 64)
+    peers = [("b.json", one), ("c.json", other), ("copy.json", one)]
+    assert claims_of(peers, ()) == Claims(shared=(("b.json", "copy.json"),))
 
 
 def test_digests_of_an_empty_log_are_nobodys_own(tmp_path: Path) -> None:
     empty = digests_of([], everything)
-    require_others([("b.json", empty), ("c.json", empty)], AuditLog(tmp_path).hash_at)
+    assert not claims_of([("b.json", empty), ("c.json", empty)], read_log(tmp_path))
     assert compare(seen((0, MODELS[0])).models, empty.models).answer is Answer.NOT_COMPARED
+
+
+def test_of_a_file_that_may_be_a_copy_only_differences_count() -> None:
+    here, there = seen((0, MODELS[0]), (1, MODELS[0])), seen((0, MODELS[0]), (1, MODELS[1]))
+    found = compare(here.models, there.models).differences_alone()
+    assert (found.same, numbers(found.another), numbers(found.not_compared)) == ((), [1], [0])
+    alike = compare(here.models, here.models).differences_alone()
+    assert alike.answer is Answer.NOT_COMPARED
 
 
 # ---- what differs
@@ -294,7 +347,7 @@ def test_a_round_that_one_site_has_is_never_the_same() -> None:
 
 def test_one_digest_under_two_numbers_is_not_compared() -> None:
     false = RoundSeen(number=7, round=ROUNDS[0], global_model=MODELS[0])
-    theirs = Digests(log_seq=1, log_head=HEAD, rounds=(false,))
+    theirs = Digests(log=HEAD, rounds=(false,))
     assert compare(seen((0, MODELS[0])).models, theirs.models).answer is Answer.NOT_COMPARED
 
 
@@ -306,7 +359,8 @@ def test_two_global_models_of_one_round_are_told() -> None:
     assert numbers(alike.same) == numbers(alike.repeated) == [0]
     assert alike.answer is Answer.INCONSISTENCY
     elsewhere = compare(seen((1, MODELS[0])).models, both.models)
-    assert elsewhere.answer is Answer.INCONSISTENCY  # the peer's own round, which is not here
+    assert elsewhere.answer is Answer.NOT_COMPARED  # the peer's own round, which is not here
+    assert (elsewhere.repeated, numbers(elsewhere.repeated_elsewhere)) == ((), [0])
 
 
 @given(models, models)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,7 +23,6 @@ from sentinel.update import model_digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from pathlib import Path
 
     from click.testing import Result
 
@@ -135,7 +138,7 @@ def test_the_file_holds_digests_and_numbers_alone_and_is_its_owners(two) -> None
     file = here.show()
     assert file.stat().st_mode & 0o777 == 0o600
     document = json.loads(file.read_text())
-    assert document.keys() == {"format", "version", "log_seq", "log_head", "rounds"}
+    assert document.keys() == {"format", "version", "log", "rounds"}
     assert document["rounds"] == [
         {
             "number": number,
@@ -144,8 +147,10 @@ def test_the_file_holds_digests_and_numbers_alone_and_is_its_owners(two) -> None
         }
         for number in range(3)
     ]
-    verified = json.loads(run("audit", "verify", "--state-dir", here.state, "--json").output)
-    assert (document["log_seq"], document["log_head"]) == (verified["records"], verified["head"])
+    log = json.loads(
+        run("audit", "show", "--last", "99", "--state-dir", here.state, "--json").output
+    )
+    assert document["log"] == [row for row in log if row["type"] == "round.opened"][-1]["hash"]
 
 
 def test_standard_output_has_the_same_bytes_each_time(two) -> None:
@@ -171,7 +176,6 @@ def test_a_run_or_the_later_rounds_can_be_shown_alone(hospital) -> None:
     assert len(numbers()) == 6
     assert numbers("--federation", "hearts", "--run", "trial") == named("hearts", "trial", 0, 1, 2)
     assert numbers("--run", "default", "--from-round", "2") == named("default", "default", 2)
-    assert numbers("--run", "unknown") == []
     alone = run("audit", "digests", "--federation", "hearts", "--state-dir", here.state)
     assert alone.exit_code == 2
     assert "--run" in alone.output
@@ -204,6 +208,46 @@ def test_a_file_cannot_be_written_over_what_the_guard_keeps(two, tmp_path: Path)
         assert run("audit", "digests", "-o", out, "--state-dir", here.state).exit_code == 2
     assert run("audit", "digests", "-o", tmp_path, "--state-dir", here.state).exit_code == 2
     assert log.read_bytes() == before
+
+
+def test_what_is_no_plain_file_is_not_replaced(two, tmp_path: Path) -> None:
+    here, _ = two(Server(), 1)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "aim").write_bytes(b"kept")
+    (tmp_path / "link").symlink_to(tmp_path / "aim")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for name in ("pipe", "link", "dangling"):
+        done = run("audit", "digests", "-o", tmp_path / name, "--state-dir", here.state)
+        assert done.exit_code == 2
+        assert "is no plain file" in done.output
+    assert (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "aim").read_bytes() == b"kept"
+
+
+def test_a_run_that_has_no_round_is_misuse_and_writes_nothing(two) -> None:
+    """A mistyped name would give a file that is compared with nothing."""
+    here, _ = two(Server(), 1)
+    for named in (("--run", "typo"), ("--run", "default", "--federation", "typo")):
+        done = run("audit", "digests", "-o", here.file, "--state-dir", here.state, *named)
+        assert done.exit_code == 2
+        assert "no such round" in done.output
+    assert not here.file.exists()
+
+
+def test_full_standard_output_is_a_sentence(two) -> None:
+    here, _ = two(Server(), 1)
+    command = [sys.executable, "-c", "from sentinel.cli.main import app; app()", "audit", "digests"]
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(  # noqa: S603 - our own code
+            [*command, "--state-dir", str(here.state)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"Standard output could not be written")
+    assert done.stderr.count(b"\n") == 1
 
 
 def test_a_full_disk_leaves_the_file_as_it_was(two, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,6 +320,7 @@ def test_rounds_of_one_site_alone_are_told_and_are_never_the_same(hospital) -> N
     assert "this site has no such round: 1." in done.output
     peer = json.loads(here.compare(there.file, "--json").output)["peers"][0]
     assert [name["number"] for name in peer["not_compared"]] == [0, 1, 4, 5]
+    assert "compared with nobody" in done.output.splitlines()[-1]
     assert (peer["compared"], peer["not_here"], peer["share"]) == (2, 1, 0.3333)
 
 
@@ -317,6 +362,7 @@ def test_a_site_that_was_sent_two_models_for_a_round_is_told(hospital) -> None:
     here, there = hospital("hospital-a"), hospital("hospital-b")
     for site in (here, there):
         site.take_part(Server(), range(2))
+    there.take_part(Server(), [3])
     guard = sentinel.Guard(here._policy, here.state, unsafe_skip_inspection=True)
     for state in (honest(3), honest(4)):
         with guard.round(3, state):
@@ -335,7 +381,7 @@ def test_many_differences_are_told_briefly_and_named_for_machines(
     here, _ = two(Server(), 6)
     other = here.file.with_name("c.json")
     document = json.loads(here.show().read_text())
-    document["log_head"] = "f" * 64
+    document["log"] = "f" * 64
     for row in document["rounds"]:
         row["global_model"] = "e" * 64
     other.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
@@ -358,13 +404,98 @@ def test_ones_own_file_is_refused_also_an_older_one(two) -> None:
         assert "own log" in command.output
 
 
-def test_the_same_file_twice_is_refused(two) -> None:
+def forged(file: Path, of: Path, **changes: object) -> Path:
+    """What a hostile site writes: an honest file, changed."""
+    whole = json.loads(of.read_text()) | changes
+    file.write_text(json.dumps(whole, indent=2, sort_keys=True) + "\n")
+    return file
+
+
+def test_files_that_claim_one_log_are_compared_and_none_is_to_be_dropped(two, tmp_path) -> None:
+    """A hostile peer that copies the honest file cannot have it dropped."""
+    here, there = two(Server("hospital-a", one_bit))
+    honest_file, own = there.show(), json.loads(here.show().read_text())
+    copy = forged(tmp_path / "copy.json", honest_file, rounds=own["rounds"])
+    for files in ((honest_file, copy), (copy, honest_file)):
+        done = here.compare(*files)
+        assert done.exit_code == 1
+        assert f"Round {ODD}: {honest_file} was sent another global model" in done.output
+        assert "claim to be from one log: one of them may be forged. Do not drop" in done.output
+        asked = run("audit", "compare", *files, "--json", "--state-dir", here.state)
+        document = json.loads(asked.stdout)
+        assert document["claim_one_log"] == [[str(file) for file in files]]
+    alike = here.compare(copy, forged(tmp_path / "again.json", copy))
+    assert alike.exit_code == 2
+    assert "one of them may be forged" in alike.output
+    assert "No difference" not in alike.output
+
+
+def test_a_file_that_claims_this_sites_log_counts_where_it_differs_alone(two, tmp_path) -> None:
+    here, there = two(Server("hospital-a", one_bit))
+    mine = json.loads(here.show().read_text())["log"]
+    theirs = forged(tmp_path / "theirs.json", there.show(), log=mine)
+    done = here.compare(theirs)
+    assert done.exit_code == 1
+    assert f"Round {ODD}: {theirs} was sent another global model" in done.output
+    assert "claims to be from this site's own log" in done.output
+    document = json.loads(
+        run("audit", "compare", here.file, "--json", "--state-dir", here.state).stdout
+    )
+    assert document["verdict"] == "not-compared"
+    assert document["claim_own_log"] == [str(here.file)]
+    assert document["peers"][0]["compared"] == 0
+    assert len(document["compared_with_nobody"]) == ROUNDS
+
+
+def test_rounds_that_no_other_site_has_are_counted_and_named(hospital) -> None:
+    """A crafted model under a number that the server made up for one site alone."""
+    here, there, third = (hospital(f"hospital-{letter}") for letter in "abc")
+    here.take_part(Server(), [0, 1, 2, 3])
+    there.take_part(Server(), [0, 1])
+    third.take_part(Server(), [1, 2])
+    here.take_part(Server("hospital-a", suppressed), [100])
+    files = (there.show(), third.show())
+    done = here.compare(*files)
+    assert done.exit_code == 0
+    verdict, more = done.output.splitlines()[-2:]
+    assert verdict == "No difference in any round that was compared."
+    assert more.startswith("2 of 5 rounds were compared with nobody")
+    assert more.endswith(": 3, 100.")
+    assert " consistent" not in done.output
+    document = json.loads(here.compare(*files, "--json").output)
+    assert [name["number"] for name in document["compared_with_nobody"]] == [3, 100]
+
+
+def test_two_models_of_a_round_that_this_site_never_had_are_no_alarm(hospital) -> None:
+    """Another federation's job, started again under one run."""
+    here, there = hospital("hospital-a"), hospital("hospital-b")
+    for site in (here, there):
+        site.take_part(Server(), range(2))
+    guard = sentinel.Guard(
+        there._policy, there.state, federation="other", unsafe_skip_inspection=True
+    )
+    for state in (honest(3), honest(4)):
+        with guard.round(0, state):
+            pass
+    done = here.compare(there.show())
+    assert done.exit_code == 0, done.output
+    assert "no alarm: 0." in done.output
+    peer = json.loads(here.compare(there.file, "--json").output)["peers"][0]
+    assert [name["number"] for name in peer["repeated_elsewhere"]] == [0]
+
+
+def test_a_last_line_that_a_crash_cut_short_is_passed_over(two, tmp_path: Path) -> None:
+    """It was never acknowledged; `audit verify` alone complains of it."""
     here, there = two(Server(), 2)
-    copy = there.file.with_name("copy.json")
-    copy.write_bytes(there.show().read_bytes())
-    done = here.compare(there.file, copy)
-    assert done.exit_code == 2
-    assert "same log" in done.output
+    theirs, before = there.show(), here.show().read_bytes()
+    with (here.state / "audit" / "audit.jsonl").open("ab") as log:
+        log.write(b'{"at":17')
+    assert here.show().read_bytes() == before
+    assert here.compare(theirs).exit_code == 0
+    save_file(honest(0), tmp_path / "global")
+    asked = ("--peers", theirs, "--round", "0", "--state-dir", here.state)
+    assert run("inspect", tmp_path / "global", *asked).exit_code == 0
+    assert run("audit", "verify", "--state-dir", here.state).exit_code == 1
 
 
 @pytest.mark.parametrize(
@@ -447,6 +578,32 @@ def test_inspect_says_who_was_sent_another_model(inspect, tmp_path: Path) -> Non
     assert f"Round {ODD}: {theirs} was sent another global model than this site" in done.output
     assert "The server is inconsistent" in done.output.splitlines()[-1]
     assert inspect(server, ODD - 1).exit_code == 0
+
+
+def test_inspect_says_first_that_the_round_is_probably_mistyped(two, tmp_path: Path) -> None:
+    """This site's own log has the round with another model: no word on the server."""
+    here, there = two(Server())
+    save_file(honest(1), tmp_path / "global")
+    asked = ("--peers", there.show(), "--round", "2", "--state-dir", here.state)
+    done = run("inspect", tmp_path / "global", *asked)
+    assert done.exit_code == 2
+    assert "most likely --round is mistyped" in done.output
+    assert "inconsistent" not in done.output
+
+
+def test_inspect_counts_only_what_differs_in_a_file_that_claims_this_log(two, tmp_path) -> None:
+    here, there = two(Server("hospital-b", one_bit))
+    mine = json.loads(here.show().read_text())["log"]
+    theirs = forged(tmp_path / "theirs.json", there.show(), log=mine)
+    save_file(honest(ODD), tmp_path / "global")
+    asked = ("--round", str(ODD), "--state-dir", here.state)
+    done = run("inspect", tmp_path / "global", "--peers", theirs, *asked)
+    assert done.exit_code == 1
+    assert "own log" in done.output
+    again = ("--peers", here.file, "--peers", forged(tmp_path / "again.json", here.file))
+    done = run("inspect", tmp_path / "global", *again, *asked)
+    assert done.exit_code == 2
+    assert "was sent the same" not in done.output
 
 
 def test_inspect_for_machines_holds_the_comparison(inspect) -> None:
