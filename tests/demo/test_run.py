@@ -86,7 +86,7 @@ def test_the_whole_demo_reaches_its_aims() -> None:
     assert full["lone_image_withheld"] is True
     assert full["ssim_sanitized"] <= full["ssim_class_mean"] + 0.02
     assert full["reid_top1"] <= full["reid_chance_limit"]
-    assert full["seconds_hearts"] + full["seconds_xrays"] < 150
+    assert full["seconds_hearts"] + full["seconds_xrays"] < 200
 
 
 class Reader(HTMLParser):
