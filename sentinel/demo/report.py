@@ -101,14 +101,10 @@ def _utility(hearts: HeartsResult) -> str:
     spread = ", ".join(f"{loss:+z.3f}" for loss in losses)
     repeats, ends = hearts.settings.repeats, hearts.auc_lost
     averaged = f"mean of {repeats} repeats" if repeats > 1 else "one repeat"
-    lost = (
-        ""
-        if ends is None
-        else (
-            f" 95 % for their mean, over splits of the same patients: {ends.low:+z.3f} to "
-            f"{ends.high:+z.3f}."
-        )
-    )
+    lost = ""
+    if ends is not None:
+        reach = f"{ends.low:+z.3f} to {ends.high:+z.3f}"
+        lost = f" 95 % for their mean, over splits of the same patients: {reach}."
     return f"""<h2>Does the model still learn?</h2>
 <p>Fed-Heart-Disease, federated averaging, {hearts.settings.rounds} rounds, one hidden layer of
 {hearts.settings.hidden} units, policy <code>{escape(hearts.settings.policy)}</code>. AUC on

@@ -147,10 +147,6 @@ class Draw:
     def attacks(self, kind: Kind, name: str) -> bool:
         """Whether updates of such rounds are attacked at this site."""
 
-    def told(self, name: str, seen: list[Observed], final: State) -> float:
-        """Members of one site called members, less others; by what it sent of all patients."""
-        raise NotImplementedError
-
     @abstractmethod
     def read(self, sent: State, back: Back, behind: Records, held: Records) -> dict[str, float]:
         """What an attack gets of what left, by measure, above what it gets without it."""
@@ -303,7 +299,7 @@ class Match:
         cycle: kinds of rounds.
         cycles: how many.
         measures: of leakage, of each update.
-        told: whether membership is measured, of each federation.
+        told: how membership is measured, of each site of a federation; None where it is not.
         fixed: noise ratio and share kept of the fixed policies.
     """
 
@@ -312,7 +308,7 @@ class Match:
     cycle: tuple[Kind, ...]
     cycles: int
     measures: tuple[str, ...]
-    told: bool
+    told: Callable[[Draw, str, list[Observed], State], float] | None
     fixed: tuple[tuple[float, float], ...]
 
     @property
@@ -330,7 +326,7 @@ def matches(file: Path | None) -> dict[str, Match]:
             cycle=(LARGE, SMALL, LARGE, TRAP, LARGE, SINGLE, LARGE, LONG_TRAP),
             cycles=4,
             measures=("near", "lead"),
-            told=True,
+            told=Hearts.told,
             fixed=(
                 *((ratio, 1.0) for ratio in (0.0, 1.0, 2.0, 5.0, 10.0, 20.0, 100.0)),
                 *((ratio, keep) for ratio in (0.0, 2.0, 10.0) for keep in (0.5, 0.1)),
@@ -342,7 +338,7 @@ def matches(file: Path | None) -> dict[str, Match]:
             cycle=(LARGE, SMALL, LARGE, TRAP, LARGE, SINGLE, LARGE, MEDIUM),
             cycles=1,
             measures=("gain",),
-            told=False,
+            told=None,
             fixed=((0.0, 1.0), (2.0, 1.0), (5.0, 1.0), (10.0, 1.0), (0.0, 0.1), (2.0, 0.1)),
         ),
     }

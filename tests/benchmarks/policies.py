@@ -183,7 +183,7 @@ def federate(  # noqa: PLR0913, PLR0917 - a federation's parts
     for measure, values in leaks.items():
         ran.leaks[measure].append(fmean(values))
     if match.told:
-        ran.leaks[TOLD].append(fmean(draw.told(name, seen[name], final) for name in draw.parts))
+        ran.leaks[TOLD].append(fmean(match.told(draw, n, seen[n], final) for n in draw.parts))
 
 
 def read(  # noqa: PLR0913, PLR0917 - an update's parts
