@@ -73,7 +73,7 @@ def advise(
 
 def just_above(score: float) -> float:
     """The next number of four digits: a rule applies *at* its threshold, an alarm lies above."""
-    return float(Decimal(math.floor(Decimal(score) / _STEP) + 1) * _STEP)
+    return float(Decimal(math.floor(Decimal(repr(score)) / _STEP) + 1) * _STEP)
 
 
 def _lowest(which: Which, policy: Policy) -> Rule | None:

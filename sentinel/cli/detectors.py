@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sentinel.cli import detectors_calibrate
 from sentinel.cli.console import (
     REFUSED,
     AsJson,
@@ -21,6 +22,7 @@ from sentinel.errors import MisuseError, Withheld
 app = typer.Typer(
     cls=SentinelGroup, no_args_is_help=True, help="List the shipped detectors, or train them."
 )
+detectors_calibrate.register(app)
 
 Folder = Annotated[
     Path | None, typer.Option("--folder", help="Folder of bundles; the shipped ones if left out.")

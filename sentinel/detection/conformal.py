@@ -18,11 +18,13 @@ and nothing about the detector. An alarm is a score *above* the threshold.
   n calibration rounds alone share those n, are not independent, and a product of bets on them is no
   martingale.
 - **Martingale.** A bet f >= 0 with mean 1 over (0, 1) turns capital K into K f(p). Here the capital
-  is spread over no bet, bets that small p come (higher scores), f(p) = e p^(e - 1), and bets that
-  large p come, f(1 - p). Before each p-value a share `SHIFT` of all capital is spread evenly anew,
-  which keeps the total, so that a change late in the day is still met with capital. Total M_0 = 1;
-  given the p-values so far, the mean of M_t is M_{t-1}. Ville: P(M ever reaches c) <= 1 / c,
-  however often one looks and whenever one stops.
+  is spread over no bet, bets that small p come (higher scores), f(p) = b (1 - p)^(b - 1), and bets
+  that large p come, f(1 - p). Before each p-value a share `SHIFT` of all capital is spread evenly
+  anew, which keeps the total, so that a change late in the day is still met with capital. Total
+  M_0 = 1; given the p-values so far, the mean of M_t is M_{t-1}. Ville: P(M ever reaches c) <=
+  1 / c, however often one looks and whenever one stops. No bet wins more than b in one round:
+  scores tie often, and a lucky coin, or one odd round (which is the threshold's business), must not
+  look like drift.
 
   U_t is a midpoint of one of 2^52 cells, not quite uniform: the bets are convex, so the mean over
   midpoints is at most the integral, and M is at worst a supermartingale, for which Ville holds too
@@ -53,7 +55,7 @@ if TYPE_CHECKING:
 
 CONFIDENCE = 0.95
 SHIFT = 0.01  # of the capital, before each round
-EXPONENTS = (0.25, 0.5, 0.75)  # e of the bets: the smaller, the bolder
+BOLDNESS = (2, 4, 10)  # b of the bets: the most that one round can multiply their capital by
 WARNING, ALARM = 20.0, 100.0  # reached, ever, with probability at most 1/20 and 1/100
 Way = Literal["higher", "lower"]
 _BELOW_ONE = math.nextafter(1.0, 0.0)
@@ -246,7 +248,7 @@ def bet(p_values: Sequence[float]) -> list[Path]:
     if not all(0.0 < p < 1.0 for p in p_values):
         msg = "p-values must lie between 0 and 1, as smoothed_p_values gives them"
         raise MisuseError(msg)
-    count = 2 * len(EXPONENTS) + 1
+    count = 2 * len(BOLDNESS) + 1
     logs = np.full(count, -math.log(count))  # capital of each bet: none, on small p, on large p
     path = [Path(0, 0.0, 0.0, "higher")]
     for rounds, p in enumerate(p_values, 1):
@@ -263,14 +265,14 @@ def bet(p_values: Sequence[float]) -> list[Path]:
 
 
 def _log_bets(p: float) -> NDArray[np.float64]:
-    exponents = np.array(EXPONENTS)
-    high = np.log(exponents) + (exponents - 1) * math.log(p)
-    low = np.log(exponents) + (exponents - 1) * math.log1p(-p)
+    bold = np.array(BOLDNESS)
+    high = np.log(bold) + (bold - 1) * math.log1p(-p)
+    low = np.log(bold) + (bold - 1) * math.log(p)
     return np.concatenate(([0.0], high, low))
 
 
 def _way(logs: NDArray[np.float64]) -> Way:
-    higher, lower = logs[1 : 1 + len(EXPONENTS)], logs[1 + len(EXPONENTS) :]
+    higher, lower = logs[1 : 1 + len(BOLDNESS)], logs[1 + len(BOLDNESS) :]
     return "higher" if np.logaddexp.reduce(higher) >= np.logaddexp.reduce(lower) else "lower"
 
 
