@@ -93,6 +93,7 @@ def _capital(log: float) -> float:
 def print_calibration(report: Mapping[str, Any]) -> None:
     """Print what `detectors calibrate` found."""
     screen = console()
+    _print_policy(report)
     if any(entry["calibrated"] for entry in report["scores"]):
         screen.print(_table(report))
     for entry in report["scores"]:
@@ -105,9 +106,17 @@ def print_calibration(report: Mapping[str, Any]) -> None:
             screen.print(Text("\n" + rule), soft_wrap=True)
 
 
+def _print_policy(report: Mapping[str, Any]) -> None:
+    if not report["policy_in_force"]:
+        console().print(
+            "Note: the guard that started last runs another policy file than the one named.",
+            soft_wrap=True,
+        )
+
+
 _RULES = (
-    "A rule with `when` only tightens. To put these thresholds in force, add to the policy file, "
-    "and run `sentinel policy check` and `policy test` on it:"
+    "A rule with `when` only tightens. To put the smallest thresholds in force, add this to the "
+    "policy file (the rules that it outdoes may stay; `sentinel policy check` names them):"
 )
 
 
@@ -234,6 +243,7 @@ def spoiled(report: Mapping[str, Any]) -> bool:
 def print_drift(report: Mapping[str, Any]) -> None:
     """Print what `detectors drift` found: a line for each score."""
     screen = console()
+    _print_policy(report)
     for entry in report["scores"]:
         screen.print(Text(entry["sentence"]), soft_wrap=True)
 

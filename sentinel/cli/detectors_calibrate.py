@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ from sentinel.errors import MisuseError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from sentinel.audit import Entry
     from sentinel.calibration import Calibration, Gathered, Kept, Which
     from sentinel.policy import LoadedPolicy
     from sentinel.state import StateFolder
@@ -69,14 +71,17 @@ def calibrate_command(
     conformal.level(alpha)
     loaded = _loaded(policy)
     state = _checked(state_dir)
-    gathered = _gathered(state, loaded, globals_, updates)
+    last = state.log.last()
+    until = 0 if last is None else last.seq  # a guard may be writing: what it adds counts as new
+    gathered = _gathered(state, loaded, until, globals_, updates)
     if newest is not None:
         gathered = {which: (found.newest(newest), own) for which, (found, own) in gathered.items()}
-    calibration = _calibration(state, loaded, alpha, gathered)
+    calibration = _calibration(state, loaded, alpha, gathered, last)
     if calibration is not None:
         write_calibration(state, calibration)
     found = {which: one for which, (one, _) in gathered.items()}
     report = calibration_report(calibration, found, alpha, loaded.policy)
+    report["policy_in_force"] = _is_in_force(state, loaded)
     if as_json:
         print_json(report)
     else:
@@ -113,6 +118,7 @@ def drift_command(
         found.append((kept, since, drift))
     current = {kept.which: _bundle(kept.which) for kept in calibration.kept}
     report = drift_report(found, current)
+    report["policy_in_force"] = _is_in_force(state, loaded)
     if page is not None:
         drawn = [drift for _, _, drift in found]
         page.write_text(drift_page(drawn, report), encoding="utf-8")
@@ -140,6 +146,15 @@ def _checked(state_dir: Path | None) -> StateFolder:
     return state
 
 
+def _is_in_force(state: StateFolder, loaded: LoadedPolicy) -> bool:
+    """Whether the guard that started last runs this very policy file."""
+    from sentinel.audit import GuardStarted
+    from sentinel.cli.peers import own_entries
+
+    started = [one.record for one in own_entries(state) if isinstance(one.record, GuardStarted)]
+    return bool(started) and started[-1].policy == loaded.digest
+
+
 def _bundle(which: Which) -> str:
     from sentinel.detection import load_detector
 
@@ -147,7 +162,11 @@ def _bundle(which: Which) -> str:
 
 
 def _gathered(
-    state: StateFolder, loaded: LoadedPolicy, globals_: Path | None, updates: Path | None
+    state: StateFolder,
+    loaded: LoadedPolicy,
+    until: int,
+    globals_: Path | None,
+    updates: Path | None,
 ) -> dict[Which, tuple[Gathered, bool]]:
     """The rounds of each score, and whether they come from a folder."""
     from sentinel.calibration import Which, from_globals, from_log, from_updates, require_no_promise
@@ -157,8 +176,8 @@ def _gathered(
         require_no_promise(loaded.policy, state.ledger)
 
     def logged(which: Which) -> Gathered:
-        bundle = _bundle(which)
-        return from_log(own_entries(state), state.ledger, loaded.policy, which, bundle)
+        entries = takewhile(lambda entry: entry.seq <= until, own_entries(state))
+        return from_log(entries, state.ledger, loaded.policy, which, _bundle(which))
 
     models = None if globals_ is None else from_globals(_tensors(globals_), loaded.policy)
     changes = None if updates is None else from_updates(_tensors(updates))
@@ -187,8 +206,9 @@ def _calibration(
     loaded: LoadedPolicy,
     alpha: float,
     gathered: dict[Which, tuple[Gathered, bool]],
+    last: Entry | None,
 ) -> Calibration | None:
-    """What is to be kept; None where no score has rounds enough."""
+    """What is to be kept of the log up to `last`; None where no score has rounds enough."""
     import secrets
     import time
 
@@ -213,7 +233,6 @@ def _calibration(
     )
     if not kept:
         return None
-    last = state.log.last()
     return Calibration(
         at=int(time.time()),
         policy=loaded.digest,

@@ -365,6 +365,13 @@ def test_the_calibration_of_another_dataset_is_no_answer(site: Path) -> None:
     assert "dataset" in result.stderr
 
 
+def test_another_policy_than_the_guards_is_remarked_on(site: Path) -> None:
+    own = call("calibrate", site, "--alpha", "0.05")
+    assert "another policy file" not in own.stdout
+    other = call("calibrate", site, "--alpha", "0.05", policy=POLICY + "# changed\n")
+    assert "another policy file" in other.stdout
+
+
 def test_a_log_that_was_cut_gives_no_answer(site: Path) -> None:
     call("calibrate", site, "--alpha", "0.05")
     log = site / "state" / "audit" / "audit.jsonl"
