@@ -44,13 +44,15 @@ class Advice:
         least: the smallest threshold of a rule that alarms above the calibrated one only.
         standing: the threshold that stands: the policy's smallest, and never above the shipped one.
         rate: how often the standing one alarms on the calibration rounds.
-        rule: TOML of the rule that would tighten; empty where `least` is not below `standing`.
+        at: threshold of the advised rule: `least` and the room that was asked for.
+        rule: its TOML; empty where `at` is not below `standing`, so that it would not tighten.
     """
 
     which: Which
     least: float
     standing: float
     rate: conformal.Rate
+    at: float
     rule: str
 
     @property
@@ -60,15 +62,30 @@ class Advice:
 
 
 def advise(
-    which: Which, scores: Sequence[float], found: conformal.Threshold, policy: Policy
+    which: Which,
+    scores: Sequence[float],
+    found: conformal.Threshold,
+    policy: Policy,
+    *,
+    room: float = 0.0,
 ) -> Advice:
-    """Say what the threshold of some rounds means for a policy."""
+    """Say what the threshold of some rounds means for a policy.
+
+    Args:
+        which: what was scored.
+        scores: of the calibration rounds.
+        found: their threshold.
+        policy: in force.
+        room: how far above the smallest threshold the rule is to be, 0 to 1: every threshold up to
+            the standing one keeps the rate, and a slow trend soon crosses the smallest.
+    """
     model = _lowest(which, policy)
     own = None if model is None or model.when is None else getattr(model.when, which)
     standing = SHIPPED if own is None else min(float(own), SHIPPED)
     least = just_above(found.score)
-    rule = rule_text(which, model, least) if least < standing else ""
-    return Advice(which, least, standing, conformal.rate_at(scores, standing), rule)
+    at = just_above(found.score + room)
+    rule = rule_text(which, model, at) if at < standing else ""
+    return Advice(which, least, standing, conformal.rate_at(scores, standing), at, rule)
 
 
 def just_above(score: float) -> float:

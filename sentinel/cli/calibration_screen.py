@@ -28,10 +28,14 @@ def calibration_report(
     gathered: Mapping[Which, Gathered],
     alpha: float,
     policy: Policy,
+    room: float,
 ) -> dict[str, Any]:
     """What a calibration came to, one entry for each score."""
     kept = {} if calibration is None else {one.which: one for one in calibration.kept}
-    scores = [_score(which, found, kept.get(which), policy) for which, found in gathered.items()]
+    scores = [
+        _score(which, found, kept.get(which)) | _advised(kept.get(which), policy, room)
+        for which, found in gathered.items()
+    ]
     return {
         "alpha": alpha,
         "rounds_needed": conformal.rounds_needed(alpha),
@@ -41,7 +45,7 @@ def calibration_report(
     }
 
 
-def _score(which: Which, found: Gathered, kept: Kept | None, policy: Policy) -> dict[str, Any]:
+def _score(which: Which, found: Gathered, kept: Kept | None) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "score": which.value,
         "rounds": len(found.rounds),
@@ -52,7 +56,6 @@ def _score(which: Which, found: Gathered, kept: Kept | None, policy: Policy) -> 
     }
     if kept is None:
         return entry
-    advice = advise(which, kept.scores, kept.found, policy)
     return entry | {
         "bundle": kept.bundle,
         "source": kept.source,
@@ -62,8 +65,17 @@ def _score(which: Which, found: Gathered, kept: Kept | None, policy: Policy) -> 
         "rate_confident": kept.confident,
         "order_capital": _capital(kept.order),
         "order_holds": kept.order < math.log(conformal.WARNING),
+    }
+
+
+def _advised(kept: Kept | None, policy: Policy, room: float) -> dict[str, Any]:
+    if kept is None:
+        return {}
+    advice = advise(kept.which, kept.scores, kept.found, policy, room=room)
+    return {
         "standing": _standing(advice),
-        "rule_threshold": advice.least if advice.rule else None,
+        "least_threshold": min(advice.least, 1.0),
+        "rule_threshold": advice.at if advice.rule else None,
         "rule": advice.rule,
     }
 
@@ -115,7 +127,7 @@ def _print_policy(report: Mapping[str, Any]) -> None:
 
 
 _RULES = (
-    "A rule with `when` only tightens. To put the smallest thresholds in force, add this to the "
+    "A rule with `when` only tightens. To put these thresholds in force, add this to the "
     "policy file (the rules that it outdoes may stay; `sentinel policy check` names them):"
 )
 
@@ -186,13 +198,25 @@ def _meaning(name: str, entry: Mapping[str, Any], alpha: float) -> str:
     """What it means for the threshold that stands."""
     standing, rounds = entry["standing"], entry["rounds"]
     at, alarms = standing["threshold"], standing["alarms"]
-    if entry["rule"]:
-        return (
-            f"{name}: any threshold from {entry['rule_threshold']:.4f} to {at:g} keeps that rate; "
-            f"at {at:g} the policy alarmed in at most {alarms} of them."
-        )
-    if not standing["exceeded"]:
+    least = entry["least_threshold"]
+    if standing["exceeded"]:
+        return _exceeded(name, entry, alpha)
+    if least == at:
         return f"{name}: the threshold that stands, {at:g}, keeps that rate; leave it."
+    advised = (
+        f"the rule below is at {entry['rule_threshold']:.4f}, with room for slow trends (--room)"
+        if entry["rule"]
+        else "with the room that was asked for (--room) no rule is below what stands; leave it"
+    )
+    return (
+        f"{name}: any threshold from {least:.4f} to {at:g} keeps that rate; at {at:g} the policy "
+        f"alarmed in at most {alarms} of these {rounds} rounds; {advised}."
+    )
+
+
+def _exceeded(name: str, entry: Mapping[str, Any], alpha: float) -> str:
+    standing, rounds = entry["standing"], entry["rounds"]
+    at, alarms = standing["threshold"], standing["alarms"]
     return (
         f"{name}: the threshold that stands, {at:g}, alarms in up to {alarms} of these {rounds} "
         f"rounds ({alarms / rounds:.1%}; with 95 % confidence at most "

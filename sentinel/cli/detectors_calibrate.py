@@ -52,6 +52,15 @@ def calibrate_command(
             help="Updates, local - global (safetensors), not the log's; never under a promise.",
         ),
     ] = None,
+    room: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="How far above the smallest threshold the printed rule is to be: a slow trend "
+            "soon crosses that one.",
+        ),
+    ] = 0.05,
     newest: Annotated[
         int | None, typer.Option(min=1, help="Only so many of the newest rounds.")
     ] = None,
@@ -80,7 +89,7 @@ def calibrate_command(
     if calibration is not None:
         write_calibration(state, calibration)
     found = {which: one for which, (one, _) in gathered.items()}
-    report = calibration_report(calibration, found, alpha, loaded.policy)
+    report = calibration_report(calibration, found, alpha, loaded.policy, room)
     report["policy_in_force"] = _is_in_force(state, loaded)
     if as_json:
         print_json(report)

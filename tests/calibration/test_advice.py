@@ -91,6 +91,17 @@ def test_a_rule_for_some_parameters_stays_with_them() -> None:
     assert extended(text, found.rule).rules[-1].when is not None
 
 
+def test_room_moves_the_rule_up_and_never_to_what_stands() -> None:
+    policy = load_policy("baseline").policy
+    scores = [0.1] * 40
+    found = conformal.threshold(scores, 0.05)
+    roomy = advise(Which.SUSPICION, scores, found, policy, room=0.05)
+    assert (roomy.least, roomy.at) == (0.1001, 0.1501)
+    assert "when = { suspicion = 0.1501 }" in roomy.rule
+    for room in (0.4, 1.0):
+        assert advise(Which.SUSPICION, scores, found, policy, room=room).rule == ""
+
+
 @given(st.integers(min_value=0, max_value=20).map(lambda step: step / 20) | st.floats(0, 1))
 def test_just_above_is_above_and_near(score: float) -> None:
     """Also for twentieths such as .15, which lie below their own decimals in binary."""
