@@ -1030,3 +1030,22 @@ def test_a_probe_has_its_time_and_needs_the_model(
     handed = guard.round(1, base)
     with handed, pytest.raises(MisuseError, match="needs the model"):
         handed.probe(records)
+
+
+STAYS = """
+[[rule]]
+id = "first-stays"
+match = ["0.**"]
+action = "withhold"
+"""
+
+
+def test_a_probe_of_a_layer_that_stays_changes_no_score(
+    make_guard: Callable[..., sentinel.Guard],
+) -> None:
+    guard, model = make_guard(PLAIN + STAYS), net()
+    base = state_of(model)
+    with guard.round(0, base, model) as opened:
+        opened.probe(two_records(model))
+    opened.release()
+    assert opened.decided.score.sharpness != "probed"
