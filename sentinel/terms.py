@@ -66,6 +66,7 @@ class Verdict(enum.StrEnum):
 class Sharpness(enum.StrEnum):
     """What a sensitivity score is relative to."""
 
+    PROBED = "probed"  # records of the site, shown to the guard: a measurement
     REFERENCE = "reference"  # synthetic rounds through this very model
     GENERIC = "generic"  # other models
     BLIND = "blind"  # nothing: this model's updates do not tell few records from many
