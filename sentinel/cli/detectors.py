@@ -20,7 +20,9 @@ from sentinel.cli.console import (
 from sentinel.errors import MisuseError, Withheld
 
 app = typer.Typer(
-    cls=SentinelGroup, no_args_is_help=True, help="List the shipped detectors, or train them."
+    cls=SentinelGroup,
+    no_args_is_help=True,
+    help="List the shipped detectors, train them, or calibrate them on site.",
 )
 detectors_calibrate.register(app)
 
