@@ -20,15 +20,15 @@ from sentinel.cli.console import (
 from sentinel.errors import MisuseError, Withheld
 
 app = typer.Typer(
-    cls=SentinelGroup,
-    no_args_is_help=True,
-    help="List the shipped detectors, train them, or calibrate them on site.",
+    cls=SentinelGroup, no_args_is_help=True, help="List the shipped detectors, or train them."
 )
-detectors_calibrate.register(app)
 
 Folder = Annotated[
     Path | None, typer.Option("--folder", help="Folder of bundles; the shipped ones if left out.")
 ]
+
+
+detectors_calibrate.register(app)
 
 
 @app.command("list")
