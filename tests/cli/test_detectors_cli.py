@@ -62,3 +62,24 @@ def test_a_quick_training_gives_a_bundle_that_works_and_again_the_same(
     else:
         deltas = {key: value for key, value in crafted.honest.items() if value.ndim}
         assert 0.0 <= score_update(deltas, detector=detector).overall <= 1.0
+
+
+def test_only_the_detector_of_global_models_can_be_evaluated() -> None:
+    assert runner.invoke(app, ["evaluate", "nothing"]).exit_code == 2
+
+
+@pytest.mark.slow
+def test_a_quick_evaluation_writes_its_figures_and_pictures(tmp_path: Path) -> None:
+    result = runner.invoke(app, ["evaluate", "--quick", "--json", "--out", str(tmp_path / "e")])
+    assert result.exit_code == 0, result.output
+    files = sorted(path.name for path in (tmp_path / "e").iterdir())
+    assert files == ["curves.svg", "evaluation.json", "evaluation.md", "suspicion.svg"]
+    document = json.loads((tmp_path / "e" / "evaluation.json").read_text())
+    assert json.loads(result.stdout) == document
+    assert document["size"] == "quick"
+    families = document["crafted"]["by_family"]
+    assert set(families) == set("ABCDEFG")
+    # Textbook binning is what the detector is there for; the share of all crafts is the card's.
+    assert families["A"]["shipped"]["hits"] > 0
+    rounds = document["honest"]["false_alarm_rounds"]
+    assert rounds["hits"] < rounds["trials"] / 4
