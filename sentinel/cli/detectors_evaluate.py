@@ -22,6 +22,13 @@ def evaluate_command(
     quick: Annotated[
         bool, typer.Option("--quick", help="A minute: to see that it works, not for figures.")
     ] = False,
+    jobs: Annotated[
+        int, typer.Option("--jobs", min=1, help="Processes; the figures are the same for any.")
+    ] = 2,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--folder", help="Folder of bundles; the shipped ones if left out."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a detector on honest and crafted models that it was not trained on.
@@ -37,9 +44,11 @@ def evaluate_command(
     from sentinel.stress.bench import card, charts, figures
     from sentinel.stress.bench.evaluate import FULL, QUICK, evaluate
 
-    detector = load_detector(GLOBAL_MODEL)
+    detector = load_detector(GLOBAL_MODEL, folder=folder)
     size = QUICK if quick else FULL
-    seen = evaluate(size, SEED, progress, detector=detector)
+    with progress(f"evaluating {name}") as step:
+        step(0, 1)
+        seen = evaluate(size, SEED, step=step, jobs=jobs, folder=folder)
     document = figures.document(seen) | {"detector": detector.digest, "size": size.name}
     out.mkdir(parents=True, exist_ok=True)
     files = {

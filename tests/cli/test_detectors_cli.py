@@ -79,6 +79,10 @@ def test_a_quick_evaluation_writes_its_figures_and_pictures(tmp_path: Path) -> N
     assert document["size"] == "quick"
     families = document["crafted"]["by_family"]
     assert set(families) == set("ABCDEFG")
+    missed = document["missed"]
+    assert len(missed) == sum(
+        one["shipped"]["trials"] - one["shipped"]["hits"] for one in families.values()
+    )
     # Textbook binning is what the detector is there for; the share of all crafts is the card's.
     assert families["A"]["shipped"]["hits"] > 0
     rounds = document["honest"]["false_alarm_rounds"]

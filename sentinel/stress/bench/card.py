@@ -288,5 +288,7 @@ LIMITS = """\
 - Honest federations have two to four sites and a few local steps a round.
 - Recipes and wrappers are those of the stress lab. The rules of the detector were written with the
   families in mind, so this is no proof for a family that nobody has thought of.
+- The rules have no training, so no family can be left out of them; the learned part has seen no
+  crafted model at all.
 - The learned attacks are small versions of the published ones, trained for 150 to 200 steps.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from sentinel.stress.nets import VisionTransformer, mlp
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    Step = Callable[[int, int], None]
+    from sentinel.detection import Detector
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 MIB = 1 << 20
@@ -57,26 +58,27 @@ LARGE: tuple[Net, ...] = (
 )
 
 
-def costs(nets: Sequence[Net], repeats: int, seed: int, *, step: Step) -> list[Cost]:
+def costs(
+    nets: Sequence[Net], repeats: int, seed: int, detector: Detector | None = None
+) -> list[Cost]:
     """Time inspections of each architecture, on as many threads as torch has now.
 
     Args:
         nets: architectures.
         repeats: of each timing; the first call of each is not counted.
         seed: of the first values.
-        step: told (done, total).
+        detector: the learned part; the shipped one where left out.
     """
     found = []
-    for place, one in enumerate(nets):
-        step(place, len(nets))
+    for one in nets:
         module = one.fresh(torch.Generator().manual_seed(seed))
         state = {name: value.detach() for name, value in module.state_dict().items()}
         count = sum(value.numel() for value in module.parameters())
-        alone = _timed(lambda: inspect_global_model(state), repeats)  # noqa: B023 - called at once
-        extra = _peak(lambda: inspect_global_model(state, None, module))  # noqa: B023
-        probed = _timed(lambda: inspect_global_model(state, None, module), repeats)  # noqa: B023
+        bare = functools.partial(inspect_global_model, state, detector=detector)
+        whole = functools.partial(inspect_global_model, state, None, module, detector=detector)
+        alone, extra = _timed(bare, repeats), _peak(whole)
+        probed = _timed(whole, repeats)
         found.append(Cost(one.name, count, alone, probed, repeats, extra))
-    step(len(nets), len(nets))
     return found
 
 

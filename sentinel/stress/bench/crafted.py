@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -107,7 +107,7 @@ class Variant:
     part: int = 0
 
 
-def ground(net: Net, stage: int, seed: int) -> Ground:
+def ground_of(net: Net, stage: int, seed: int) -> Ground:
     """Train an honest federation up to a stage.
 
     Args:
@@ -143,24 +143,22 @@ def variants(family: str) -> list[Variant]:
 
 
 def crafted_models(
-    family: str, quota: int, seed: int, nets: Sequence[Net] = NETS
+    family: str, quota: int, seed: int, nets: Sequence[Net] = NETS, recipe: str | None = None
 ) -> Iterator[Crafted]:
     """Yield crafted models until `quota` of them leak, or three times as many were tried.
 
     Args:
-        family: A to G; for F the quota holds for each recipe.
+        family: A to G.
         quota: how many that leak are wanted.
-        seed: of everything.
-        nets: the architectures, in turn.
+        seed: of the crafts; grounds are the same for all.
+        nets: the architectures, in turn; for learned recipes costly ones a third as often, since
+            their training takes long.
+        recipe: one recipe of the family; all in turn where left out.
     """
-    every = variants(family)
-    groups = [every]
-    if family == LEARNED:  # training takes long: the costly nets have part a third as often
-        names = dict.fromkeys(one.recipe.name for one in every)
-        groups = [[one for one in every if one.recipe.name == name] for name in names]
+    group = [one for one in variants(family) if recipe in {None, one.recipe.name}]
+    if family == LEARNED:
         nets = [net for net in nets if not net.costly] * 3 + [net for net in nets if net.costly]
-    for group in groups:
-        yield from _until(group, quota, seed, nets)
+    yield from _until(group, quota, seed, nets)
 
 
 def _until(
@@ -186,10 +184,10 @@ def _until(
 
 @functools.lru_cache(maxsize=512)
 def _ground(net: Net, stage: int, seed: int) -> Ground:
-    return ground(net, stage, seed)
+    return ground_of(net, stage, seed)
 
 
-def craft(variant: Variant, where: Ground, generator: torch.Generator) -> Crafted | None:
+def craft(variant: Variant, ground: Ground, generator: torch.Generator) -> Crafted | None:
     """Craft one model and measure what it leaks.
 
     Returns:
@@ -197,6 +195,8 @@ def craft(variant: Variant, where: Ground, generator: torch.Generator) -> Crafte
     """
     secret = None
     recipe = variant.recipe
+    # A ground is used again and again; what is drawn there depends on this craft alone.
+    where = replace(ground, site=replace(ground.site, generator=generator))
     try:
         if recipe.secret is not None:
             first, _ = servers.attacked_pair(where.module, where.honest)
@@ -215,7 +215,7 @@ def craft(variant: Variant, where: Ground, generator: torch.Generator) -> Crafte
     except MisuseError:
         return None
     state = sent[variant.part] if recipe.family == "G" else sent[0]
-    return Crafted(recipe.family, recipe.name, variant.wrapper, where, state, leak)
+    return Crafted(recipe.family, recipe.name, variant.wrapper, ground, state, leak)
 
 
 def _hidden(variant: Variant, where: Ground, secret: Tensor | None, part: int | None) -> Craft:

@@ -371,10 +371,20 @@ def document(seen: Seen) -> dict[str, Any]:
         "baselines": {
             str(fpr): {one.detector: _against(one) for one in against(seen, fpr)} for fpr in FPRS
         },
+        "false_alarms": [_without_baselines(row) for row in seen.honest if _wrong(row)],
+        "missed": [_without_baselines(row) for row in leaking(seen) if row.suspicion < ALARM],
         "sieges": [asdict(row) for row in seen.sieges],
         "cost": [asdict(row) for row in seen.costs],
         "left_out": [asdict(row) for row in seen.left_out],
     }
+
+
+def _wrong(row: HonestRow) -> bool:
+    return row.alarm and not row.broken
+
+
+def _without_baselines(row: HonestRow | CraftedRow) -> dict[str, Any]:
+    return {name: value for name, value in asdict(row).items() if name != "baselines"}
 
 
 def _quiet(one: Quiet) -> dict[str, Any]:

@@ -5,14 +5,8 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sentinel.stress import corpus
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    Step = Callable[[int, int], None]
 
 ALARM = 0.5
 
@@ -38,7 +32,7 @@ class LeftOut:
     detected: int
 
 
-def left_out(runs: int, rounds: int, crafted: int, trees: int, *, step: Step) -> list[LeftOut]:
+def left_out(runs: int, rounds: int, crafted: int, trees: int) -> list[LeftOut]:
     """Refit the forest without each architecture of its corpus, and inspect models of that one.
 
     The whole inspection is measured, rules and learned part together.
@@ -48,7 +42,6 @@ def left_out(runs: int, rounds: int, crafted: int, trees: int, *, step: Step) ->
         rounds: of each.
         crafted: models per family, over all architectures.
         trees: in each forest.
-        step: told (done, total).
 
     Raises:
         ImportError: the extra `train` is not installed.
@@ -61,8 +54,7 @@ def left_out(runs: int, rounds: int, crafted: int, trees: int, *, step: Step) ->
     models = list(corpus.crafted_models(crafted, 2001))
     recipe = Recipe(trees=trees, honest_runs=runs, rounds=rounds)
     found = []
-    for place, net in enumerate(corpus.NETS):
-        step(place, len(corpus.NETS))
+    for net in corpus.NETS:
         own = [run for run in test if run.net.name == net.name]
         made = ModelCorpus(
             honest=[run for run in train if run.net.name != net.name],
@@ -84,5 +76,4 @@ def left_out(runs: int, rounds: int, crafted: int, trees: int, *, step: Step) ->
                 sum(value >= ALARM for value in caught),
             )
         )
-    step(len(corpus.NETS), len(corpus.NETS))
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -12,12 +11,11 @@ import torch
 from sentinel.detection import inspect_global_model
 from sentinel.stress import servers
 from sentinel.stress.bench import baselines as rules
-from sentinel.stress.bench.crafted import PARTS, PLAIN, Variant, craft, crafted_models, ground
+from sentinel.stress.bench.crafted import PARTS, PLAIN, Variant, craft, ground_of
 from sentinel.stress.bench.honest import honest_runs
-from sentinel.stress.bench.nets import NETS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from torch import nn
 
@@ -27,8 +25,6 @@ if TYPE_CHECKING:
     from sentinel.stress.bench.nets import Net
     from sentinel.stress.layers import State
     from sentinel.stress.servers import Recipe
-
-    Step = Callable[[int, int], None]
 
 ALARM = 0.5  # the threshold of the shipped policies
 WIDEST = 1_000_000  # parameters up to which the baselines are taken as well
@@ -125,7 +121,7 @@ class SiegeRow:
 
 
 def honest_rows(
-    kinds: Sequence[Kind], share: float, seed: int, *, step: Step, detector: Detector | None = None
+    kinds: Sequence[Kind], share: float, seed: int, detector: Detector | None = None
 ) -> list[HonestRow]:
     """Inspect every round of every honest run, with its history, as a guard does.
 
@@ -133,16 +129,13 @@ def honest_rows(
         kinds: of runs.
         share: of the full number of runs of each.
         seed: of everything.
-        step: told (done, total) runs.
         detector: the learned part; the shipped one where left out.
     """
-    total = sum(math.ceil(share * kind.runs) for kind in kinds)
-    rows: list[HonestRow] = []
-    for number, run in enumerate(honest_runs(share, seed, kinds)):
-        step(number, total)
-        rows += _watched(run, number, seed, detector)
-    step(total, total)
-    return rows
+    return [
+        row
+        for number, run in enumerate(honest_runs(share, seed, kinds))
+        for row in _watched(run, number, seed, detector)
+    ]
 
 
 def _watched(run: Run, number: int, seed: int, detector: Detector | None) -> Iterator[HonestRow]:
@@ -167,33 +160,15 @@ def _watched(run: Run, number: int, seed: int, detector: Detector | None) -> Ite
         )
 
 
-def crafted_rows(  # noqa: PLR0913 - each is one free choice, by keyword
-    family: str,
-    quota: int,
-    seed: int,
-    *,
-    nets: Sequence[Net] = NETS,
-    known: Known,
-    step: Step,
-) -> list[CraftedRow]:
-    """Inspect crafted models of one family until `quota` of them leak; see `crafted_models`.
+def crafted_rows(models: Iterable[Crafted], seed: int, known: Known) -> list[CraftedRow]:
+    """Inspect crafted models, each with the history of its ground, and from the state alone.
 
     Args:
-        family: A to G.
-        quota: how many that leak are wanted.
-        seed: of the crafts.
-        nets: the architectures.
+        models: see `crafted_models`.
+        seed: of the baselines' probes.
         known: the guard's knowledge of the grounds, and its detector.
-        step: told (done, total) models that leak.
     """
-    rows: list[CraftedRow] = []
-    leaking = 0
-    for made in crafted_models(family, quota, seed, nets):
-        rows.append(_judged(made, seed + len(rows), known))
-        leaking += made.leaks
-        step(min(leaking, quota), quota)
-    step(quota, quota)
-    return rows
+    return [_judged(made, seed + number, known) for number, made in enumerate(models)]
 
 
 class Known:
@@ -221,7 +196,7 @@ def _judged(made: Crafted, seed: int, known: Known) -> CraftedRow:
     found = inspect_global_model(made.state, history, where.module, detector=known.detector)
     alone = inspect_global_model(made.state, detector=known.detector)
     generator = torch.Generator().manual_seed(seed)
-    batch = where.site.draw(rules.RECORDS)
+    batch = replace(where.site, generator=generator).draw(rules.RECORDS)
     return CraftedRow(
         made.family,
         made.recipe,
@@ -239,7 +214,7 @@ def _judged(made: Crafted, seed: int, known: Known) -> CraftedRow:
 
 
 def siege_rows(
-    nets: Sequence[Net], rounds: int, seed: int, *, step: Step, detector: Detector | None = None
+    net: Net, rounds: int, seed: int, detector: Detector | None = None
 ) -> list[SiegeRow]:
     """Let a server of each recipe turn in the middle of a run, and count until a guard is warned.
 
@@ -247,24 +222,19 @@ def siege_rows(
     guard that is not warned goes on with the history that the crafted round left.
 
     Args:
-        nets: the architectures.
-        rounds: of each run, more than `SIEGE`.
+        net: the architecture.
+        rounds: of the run, more than `SIEGE`.
         seed: of everything.
-        step: told (done, total) sieges.
         detector: the learned part; the shipped one where left out.
     """
-    rows: list[SiegeRow] = []
-    total = len(nets) * len(servers.RECIPES)
-    for place, net in enumerate(nets):
-        whole = ground(net, rounds - 1, seed + place)
-        states = [*whole.past, whole.honest]
-        watch = _Watch(whole.module, states, detector)
-        for number, recipe in enumerate(servers.RECIPES):
-            step(place * len(servers.RECIPES) + number, total)
-            sent = _sent(recipe, whole, states, seed + number)
-            if sent:
-                rows.append(watch.siege(recipe, net, sent))
-    step(total, total)
+    whole = ground_of(net, rounds - 1, seed)
+    states = [*whole.past, whole.honest]
+    watch = _Watch(whole.module, states, detector)
+    rows = []
+    for number, recipe in enumerate(servers.RECIPES):
+        sent = _sent(recipe, whole, states, seed + number)
+        if sent:
+            rows.append(watch.siege(recipe, net, sent))
     return rows
 
 

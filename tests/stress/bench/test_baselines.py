@@ -15,7 +15,7 @@ from sentinel.stress.bench.baselines import (
     effective_rank,
     t_snr,
 )
-from sentinel.stress.bench.crafted import ground
+from sentinel.stress.bench.crafted import ground_of
 from sentinel.stress.bench.nets import net
 from sentinel.stress.layers import loaded
 from sentinel.stress.nets import lenet, mlp
@@ -59,7 +59,7 @@ def test_t_snr_of_a_kernel_that_passes_one_pixel() -> None:
 
 
 def test_fishing_shows_in_d_snr_and_binning_in_its_rows() -> None:
-    where = ground(net("mlp-20-96-3"), 2, 5)
+    where = ground_of(net("mlp-20-96-3"), 2, 5)
     records, labels = where.site.draw(64)
     aimed_at = (labels == 0).nonzero()[:1, 0]
     chosen = torch.cat([aimed_at, (labels != 0).nonzero()[:7, 0]])  # one record of the class
@@ -80,14 +80,14 @@ def test_fishing_shows_in_d_snr_and_binning_in_its_rows() -> None:
 
 
 def test_what_is_not_finite_is_the_ceiling() -> None:
-    where = ground(net("mlp-8-32-2"), 0, 5)
+    where = ground_of(net("mlp-8-32-2"), 0, 5)
     state = {name: value * 1e30 for name, value in where.honest.items()}
     scores = baselines(where.module, where.net, state, where.site.draw(8), seeded())
     assert all(0.0 <= value <= CEILING for value in scores.values())
 
 
 def test_the_model_is_not_touched() -> None:
-    where = ground(net("mlp-8-32-2"), 0, 5)
+    where = ground_of(net("mlp-8-32-2"), 0, 5)
     before = {name: value.clone() for name, value in where.module.state_dict().items()}
     twin = loaded(where.module, where.honest)
     baselines(where.module, where.net, where.honest, where.site.draw(8), seeded())

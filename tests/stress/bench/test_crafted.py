@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sentinel.stress import servers
-from sentinel.stress.bench.crafted import Variant, craft, crafted_models, ground, variants
+from sentinel.stress.bench.crafted import Variant, craft, crafted_models, ground_of, variants
 from sentinel.stress.bench.nets import net
 from sentinel.stress.bench.seen import Known, crafted_rows, siege_rows
 
@@ -20,7 +20,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def test_binning_leaks_and_an_honest_model_in_its_place_does_not() -> None:
-    where = ground(MLP, 1, 3)
+    where = ground_of(MLP, 1, 3)
     made = craft(Variant(servers.recipe("binning-mean"), "plain"), where, seeded())
     assert made is not None
     assert made.leaks
@@ -31,8 +31,8 @@ def test_binning_leaks_and_an_honest_model_in_its_place_does_not() -> None:
 
 def test_what_does_not_fit_is_no_model() -> None:
     variant = Variant(servers.recipe("token-bins"), "plain")
-    assert craft(variant, ground(MLP, 0, 3), seeded()) is None
-    assert craft(variant, ground(VIT, 0, 3), seeded()) is not None
+    assert craft(variant, ground_of(MLP, 0, 3), seeded()) is None
+    assert craft(variant, ground_of(VIT, 0, 3), seeded()) is not None
 
 
 def test_every_recipe_and_wrapper_has_its_turn() -> None:
@@ -48,14 +48,14 @@ def test_the_walk_stops_when_enough_leak() -> None:
 
 
 def test_a_ground_has_as_many_rounds_behind_it_as_it_says() -> None:
-    where = ground(MLP, 6, 3)
+    where = ground_of(MLP, 6, 3)
     assert len(where.past) == 6
     assert where.setting == "running federation"
     assert not where.past[-1]["0.weight"].equal(where.honest["0.weight"])
 
 
 def test_rows_hold_what_the_detector_said() -> None:
-    rows = crafted_rows("A", 2, 1, nets=(MLP,), known=Known(), step=lambda _done, _all: None)
+    rows = crafted_rows(crafted_models("A", 2, 1, (MLP,)), 1, Known())
     assert sum(row.leaks for row in rows) == 2
     for row in rows:
         assert 0.0 <= row.suspicion <= 1.0
@@ -64,7 +64,7 @@ def test_rows_hold_what_the_detector_said() -> None:
 
 
 def test_a_server_that_turns_is_seen_in_its_first_crafted_round() -> None:
-    rows = siege_rows((MLP,), 26, 1, step=lambda _done, _all: None)
+    rows = siege_rows(MLP, 26, 1)
     found = {row.recipe: row for row in rows}
     assert found["binning-mean"].warned
     assert found["binning-mean"].trained == 0
