@@ -43,34 +43,34 @@ def card(seen: Seen, size: Size, digest: str) -> str:
     parts = [
         HEAD.format(digest=digest[:16], quick=quick),
         "## Against the aims\n",
-        _table(("aim", "measured", "met"), _aims(seen)),
+        markdown_table(("aim", "measured", "met"), _aims(seen)),
         "## Crafted models, by family\n",
         CRAFTED,
-        _table(GROUP_HEAD, _groups(figures.by_family(seen), FAMILY_NAMES)),
+        markdown_table(GROUP_HEAD, _groups(figures.by_family(seen), FAMILY_NAMES)),
         "![Share caught against share of honest rounds refused](curves.svg)\n",
         "![Distribution of suspicion](suspicion.svg)\n",
         "### By recipe\n",
-        _table(GROUP_HEAD, _groups(figures.by_variant(seen))),
+        markdown_table(GROUP_HEAD, _groups(figures.by_variant(seen))),
         "### By family and way of hiding\n",
-        _table(GROUP_HEAD, _groups(figures.by_wrapper(seen))),
+        markdown_table(GROUP_HEAD, _groups(figures.by_wrapper(seen))),
         "### By setting\n",
-        _table(GROUP_HEAD, _groups(figures.by_setting(seen))),
+        markdown_table(GROUP_HEAD, _groups(figures.by_setting(seen))),
         "### By architecture\n",
-        _table(GROUP_HEAD, _groups(figures.by_net(seen))),
+        markdown_table(GROUP_HEAD, _groups(figures.by_net(seen))),
         "## Honest models\n",
         _honest(seen),
-        _table(QUIET_HEAD, _quiet(figures.quiet_by(seen, lambda row: row.kind))),
-        _table(QUIET_HEAD, _quiet(figures.quiet_by(seen, lambda row: row.net))),
-        _table(QUIET_HEAD, _quiet(figures.quiet_by(seen, figures.stage_of))),
+        markdown_table(QUIET_HEAD, _quiet(figures.quiet_by(seen, lambda row: row.kind))),
+        markdown_table(QUIET_HEAD, _quiet(figures.quiet_by(seen, lambda row: row.net))),
+        markdown_table(QUIET_HEAD, _quiet(figures.quiet_by(seen, figures.stage_of))),
         "## Beside the baselines\n",
         BASELINES,
         *_baselines(seen),
         "## Rounds to detection\n",
         SIEGES,
-        _table(SIEGE_HEAD, _sieges(seen)),
+        markdown_table(SIEGE_HEAD, _sieges(seen)),
         "## Time and memory\n",
         COST,
-        _table(COST_HEAD, _costs(seen)),
+        markdown_table(COST_HEAD, _costs(seen)),
         "## An architecture left out of the learned part\n",
         _left_out(seen),
         LIMITS,
@@ -175,10 +175,10 @@ def _baselines(seen: Seen) -> Iterator[str]:
             for one in figures.against(seen, fpr)
         ]
         yield f"At {100 * fpr:g} % of the honest rounds:\n"
-        yield _table(("detector", *families, "honest rounds above"), rows)
+        yield markdown_table(("detector", *families, "honest rounds above"), rows)
     for fpr in FPRS:
         yield f"Ahead of the best baseline at {100 * fpr:g} %?\n"
-        yield _table(
+        yield markdown_table(
             ("family", SENTINEL, "best baseline", "it catches", ""),
             (
                 [one.family, said(one.own), one.best, said(one.other), one.word]
@@ -221,10 +221,13 @@ def _left_out(seen: Seen) -> str:
         ]
         for row in seen.left_out
     ]
-    return LEFT_OUT + _table(("left out", "false alarms", "largest suspicion", "detected"), rows)
+    return LEFT_OUT + markdown_table(
+        ("left out", "false alarms", "largest suspicion", "detected"), rows
+    )
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 

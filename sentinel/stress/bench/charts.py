@@ -68,6 +68,25 @@ def spread_svg(seen: Seen) -> str:
     return _svg(parts, "Distribution of suspicion over honest rounds and crafted models")
 
 
+def scatter_svg(dots: Sequence[tuple[float, float]]) -> str:
+    """Score upwards against measured leakage, both 0 to 1; on the diagonal the two agree."""
+    parts = [*_grid("sensitivity score")]
+    parts += [_tick(EDGE + tick / 5 * _breadth(), f"{tick / 5:g}") for tick in range(6)]
+    parts.append(_below("measured leakage: share of the records that can be read"))
+    right, top = EDGE + _breadth(), _up(1.0)
+    parts.append(
+        f'<line x1="{EDGE}" y1="{_up(0.0):.1f}" x2="{right:.1f}" y2="{top:.1f}" stroke="{SOFT}" '
+        'stroke-dasharray="4 3"/>'
+    )
+    parts += [
+        f'<circle cx="{EDGE + min(max(leak, 0.0), 1.0) * _breadth():.1f}" cy="{_up(score):.1f}" '
+        f'r="3" fill="{COLOURS[0]}" fill-opacity="0.35"/>'
+        for leak, score in dots
+    ]
+    parts.append(_key(0, COLOURS[0], f"one update ({len(dots)})"))
+    return _svg(parts, "Sensitivity score against measured leakage")
+
+
 def _bars(scores: Sequence[float], place: int, groups: int) -> Iterator[str]:
     if not scores:
         return

@@ -1,28 +1,26 @@
-"""The whole protocol, in its full and its quick form."""
+"""Both protocols, in their full and their quick form."""
 
 from __future__ import annotations
 
 import functools
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from sentinel.detection import load_detector
-from sentinel.detection.bundle import GLOBAL_MODEL
+from sentinel.detection.bundle import GLOBAL_MODEL, UPDATE_SENSITIVITY
 from sentinel.stress import servers
 from sentinel.stress.bench.cost import LARGE, SMALL, costs
 from sentinel.stress.bench.crafted import FAMILIES, LEARNED, crafted_models
 from sentinel.stress.bench.figures import Seen
 from sentinel.stress.bench.honest import KINDS, Kind
 from sentinel.stress.bench.left_out import left_out
-from sentinel.stress.bench.nets import NETS, Net, net
+from sentinel.stress.bench.nets import GENOTYPES, NETS, TIED, Net, net
 from sentinel.stress.bench.seen import Known, crafted_rows, honest_rows, siege_rows
+from sentinel.stress.bench.updates import UpdateRow, update_rows
+from sentinel.stress.bench.work import performed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     from sentinel.detection import Detector
@@ -44,6 +42,8 @@ class Size:
         rounds: of those runs.
         costly: architectures whose inspections are timed.
         repeats: of each timing.
+        updates: architectures whose updates are scored.
+        stages: rounds of training before those updates.
         refits: runs, rounds, crafted models and trees of each refit without an architecture; none
             where that is left out.
     """
@@ -58,6 +58,8 @@ class Size:
     rounds: int
     costly: tuple[Net, ...]
     repeats: int
+    updates: tuple[Net, ...]
+    stages: tuple[int, ...]
     refits: tuple[int, int, int, int] | None
 
 
@@ -72,6 +74,8 @@ FULL = Size(
     rounds=100,
     costly=(*SMALL, *LARGE),
     repeats=20,
+    updates=(*NETS, TIED[0], GENOTYPES),
+    stages=(0, 12),
     refits=(48, 6, 24, 100),
 )
 QUICK = Size(
@@ -85,6 +89,8 @@ QUICK = Size(
     rounds=30,
     costly=SMALL[:2],
     repeats=3,
+    updates=(net("mlp-20-96-3"), GENOTYPES),
+    stages=(0,),
     refits=None,
 )
 
@@ -121,19 +127,18 @@ def tasks(size: Size) -> list[Task]:
     return [*found, *(Task("honest", part) for part in range(CHUNKS))]
 
 
-def perform(size: Size, task: Task, seed: int, folder: Path | None) -> list[Any]:
-    """Do one task, on one thread, so that the same seed gives the same rows.
+def perform(size: Size, seed: int, folder: Path | None, task: Task) -> list[Any]:
+    """Do one task.
 
     Args:
         size: of the protocol.
-        task: one of `tasks`.
         seed: of everything that is drawn.
         folder: of the bundles; the shipped ones where left out.
+        task: one of `tasks`.
 
     Returns:
         Rows of the task's kind. Refits that need an extra which is not installed give none.
     """
-    torch.set_num_threads(1)
     if task.what == "honest":
         chosen = size.kinds[task.part :: CHUNKS]
         return honest_rows(chosen, size.share, seed + task.part, _detector(folder))
@@ -168,7 +173,10 @@ def evaluate(
     """
     every = tasks(size)
     rows: dict[Task, list[Any]] = {}
-    for task, found in _performed(size, every, seed, jobs, folder):
+    work = functools.partial(perform, size, seed, folder)
+    if jobs > 1:
+        work = functools.partial(_remote, size.name, seed, folder)
+    for task, found in performed(work, every, jobs):
         rows[task] = found
         step(len(rows), len(every) + 1)
     spent = costs(size.costly, size.repeats, seed, _detector(folder))
@@ -181,25 +189,8 @@ def evaluate(
     return Seen(honest, joined("crafted"), joined("sieges"), spent, joined("left out"))
 
 
-def _performed(
-    size: Size, every: list[Task], seed: int, jobs: int, folder: Path | None
-) -> Iterator[tuple[Task, list[Any]]]:
-    threads = torch.get_num_threads()
-    try:
-        if jobs == 1:
-            for task in every:
-                yield task, perform(size, task, seed, folder)
-            return
-    finally:
-        torch.set_num_threads(threads)
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        waiting = {pool.submit(_remote, size.name, task, seed, folder): task for task in every}
-        for done in as_completed(waiting):
-            yield waiting[done], done.result()
-
-
-def _remote(name: str, task: Task, seed: int, folder: Path | None) -> list[Any]:
-    return perform(SIZES[name], task, seed, folder)
+def _remote(name: str, seed: int, folder: Path | None, task: Task) -> list[Any]:
+    return perform(SIZES[name], seed, folder, task)  # the kinds of a size cannot be pickled
 
 
 def _renumbered(chunks: list[list[HonestRow]]) -> list[HonestRow]:
@@ -209,6 +200,29 @@ def _renumbered(chunks: list[list[HonestRow]]) -> list[HonestRow]:
         first = 1 + max((row.run for row in found), default=-1)
         found += [replace(row, run=first + row.run) for row in chunk]
     return found
+
+
+def evaluate_updates(
+    size: Size,
+    seed: int,
+    *,
+    step: Callable[[int, int], None],
+    jobs: int = 1,
+    folder: Path | None = None,
+) -> list[UpdateRow]:
+    """Score updates of known leakage; arguments as for `evaluate`."""
+    names = [one.name for one in size.updates]
+    rows: dict[str, list[UpdateRow]] = {}
+    work = functools.partial(_updates, seed, size.stages, folder)
+    for name, found in performed(work, names, jobs):
+        rows[name] = found
+        step(len(rows), len(names))
+    return [row for name in names for row in rows[name]]
+
+
+def _updates(seed: int, stages: tuple[int, ...], folder: Path | None, name: str) -> list[UpdateRow]:
+    detector = load_detector(UPDATE_SENSITIVITY, folder=folder)
+    return update_rows(net(name), seed, detector, stages)
 
 
 @functools.cache

@@ -195,6 +195,7 @@ class Net:
         classes: how many labels there are.
         words: size of the vocabulary where records are tokens, else None.
         costly: whether a step takes so long that it has part in fewer runs.
+        counts: whether records are counts of 0 to 2, as genotypes are.
     """
 
     name: str
@@ -203,6 +204,7 @@ class Net:
     classes: int
     words: int | None = None
     costly: bool = False
+    counts: bool = False
 
     def fresh(self, generator: torch.Generator, init: str = "default") -> nn.Module:
         """Build it with first values from `generator` alone, in evaluation mode."""
@@ -267,6 +269,7 @@ WIDE: tuple[Net, ...] = (
     Net("mlp-500-2048-2048-10", lambda: mlp(500, 2048, 2048, 10), (500,), 10),
     Net("resnet18-64", lambda: resnet18(10), PICTURE, 10),
 )
+GENOTYPES = Net("genotype-300-48-2", lambda: mlp(300, 48, 2), (300,), 2, counts=True)
 
 
 class World:
@@ -279,6 +282,10 @@ class World:
         if net.words is not None:
             liking = 1.5 * torch.randn(self.labels, net.words, generator=generator)
             self._patterns = torch.softmax(liking, 1)
+        elif net.counts:  # how often the rarer letter is met at each place, by class
+            usual = 0.05 + 0.45 * torch.rand(net.shape[0], generator=generator)
+            shifts = 0.1 * torch.randn(self.labels, net.shape[0], generator=generator)
+            self._patterns = (usual + shifts).clamp_(0.02, 0.6)
         elif len(net.shape) == 1:
             width = net.shape[0]
             self._patterns = torch.randn(self.labels, width, generator=generator)
@@ -294,6 +301,10 @@ class World:
             return torch.multinomial(
                 self._patterns[labels], self.net.shape[0], replacement=True, generator=generator
             )
+        if self.net.counts:
+            rates = self._patterns[labels]
+            first = torch.bernoulli(rates, generator=generator)
+            return first + torch.bernoulli(rates, generator=generator)
         if len(self.net.shape) == 1:
             causes = torch.randn(count, LATENT, generator=generator) @ self._mix
             own = torch.randn(count, self.net.shape[0], generator=generator)
@@ -358,4 +369,4 @@ def net(name: str) -> Net:
     Raises:
         KeyError: there is none.
     """
-    return {one.name: one for one in (*NETS, *TIED, *LOW_RANK, *WIDE)}[name]
+    return {one.name: one for one in (*NETS, *TIED, *LOW_RANK, *WIDE, GENOTYPES)}[name]
