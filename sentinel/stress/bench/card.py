@@ -291,6 +291,8 @@ LIMITS = """\
 - Honest federations have two to four sites and a few local steps a round.
 - Recipes and wrappers are those of the stress lab. The rules of the detector were written with the
   families in mind, so this is no proof for a family that nobody has thought of.
+- In family E the models counted are those that silence the other clients. The one client that is
+  aimed at is sent an honest model; only sites that compare digests tell that from an honest server.
 - The rules have no training, so no family can be left out of them; the learned part has seen no
   crafted model at all.
 - The learned attacks are small versions of the published ones, trained for 150 to 200 steps.
