@@ -12,7 +12,7 @@ from sentinel.stress import servers
 from sentinel.stress.bench.cost import LARGE, SMALL, costs
 from sentinel.stress.bench.crafted import FAMILIES, LEARNED, crafted_models
 from sentinel.stress.bench.figures import Seen
-from sentinel.stress.bench.honest import KINDS, Kind
+from sentinel.stress.bench.honest import KINDS, Kind, honest_runs
 from sentinel.stress.bench.left_out import left_out
 from sentinel.stress.bench.nets import GENOTYPES, NETS, TIED, Net, net
 from sentinel.stress.bench.seen import Known, crafted_rows, honest_rows, siege_rows
@@ -140,8 +140,8 @@ def perform(size: Size, seed: int, folder: Path | None, task: Task) -> list[Any]
         Rows of the task's kind. Refits that need an extra which is not installed give none.
     """
     if task.what == "honest":
-        chosen = size.kinds[task.part :: CHUNKS]
-        return honest_rows(chosen, size.share, seed + task.part, _detector(folder))
+        runs = honest_runs(size.share, seed, size.kinds, (task.part, CHUNKS))
+        return honest_rows(runs, seed, _detector(folder))
     if task.what == "crafted":
         quota = size.learned if task.family == LEARNED else size.quota
         models = crafted_models(task.family, quota, seed, size.nets, task.recipe)

@@ -123,15 +123,23 @@ class Run:
     rounds: Iterator[Round]
 
 
-def honest_runs(share: float, seed: int, kinds: Sequence[Kind] | None = None) -> Iterator[Run]:
+def honest_runs(
+    share: float,
+    seed: int,
+    kinds: Sequence[Kind] | None = None,
+    chunk: tuple[int, int] = (0, 1),
+) -> Iterator[Run]:
     """Yield honest runs of every kind, over architectures, first values and optimizers in turn.
 
     Args:
         share: of the full corpus, above 0 to 1: runs per kind, at least one.
         seed: of everything.
         kinds: all where left out.
+        chunk: (first, step): only every `step`-th kind from the first; the runs of all chunks
+            together are those of the whole.
     """
-    for place, kind in enumerate(KINDS if kinds is None else kinds):
+    every = list(enumerate(KINDS if kinds is None else kinds))
+    for place, kind in every[chunk[0] :: chunk[1]]:
         for index in range(math.ceil(share * kind.runs)):
             generator = torch.Generator().manual_seed(seed * 100_003 + 1009 * place + index)
             yield honest_run(kind, _turn(kind.nets, index, place, share), index, generator)

@@ -12,7 +12,6 @@ from sentinel.detection import inspect_global_model
 from sentinel.stress import servers
 from sentinel.stress.bench import baselines as rules
 from sentinel.stress.bench.crafted import PARTS, PLAIN, Variant, craft, ground_of
-from sentinel.stress.bench.honest import honest_runs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
     from sentinel.detection import Detector, History, Inspection
     from sentinel.stress.bench.crafted import Crafted, Ground
-    from sentinel.stress.bench.honest import Kind, Run
+    from sentinel.stress.bench.honest import Run
     from sentinel.stress.bench.nets import Net
     from sentinel.stress.layers import State
     from sentinel.stress.servers import Recipe
@@ -121,21 +120,16 @@ class SiegeRow:
 
 
 def honest_rows(
-    kinds: Sequence[Kind], share: float, seed: int, detector: Detector | None = None
+    runs: Iterable[Run], seed: int, detector: Detector | None = None
 ) -> list[HonestRow]:
     """Inspect every round of every honest run, with its history, as a guard does.
 
     Args:
-        kinds: of runs.
-        share: of the full number of runs of each.
-        seed: of everything.
+        runs: see `honest_runs`.
+        seed: of the baselines' probes.
         detector: the learned part; the shipped one where left out.
     """
-    return [
-        row
-        for number, run in enumerate(honest_runs(share, seed, kinds))
-        for row in _watched(run, number, seed, detector)
-    ]
+    return [row for number, run in enumerate(runs) for row in _watched(run, number, seed, detector)]
 
 
 def _watched(run: Run, number: int, seed: int, detector: Detector | None) -> Iterator[HonestRow]:

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from sentinel.stress.bench.honest import KINDS, Kind, Round, Run, Way, honest_run, honest_runs
+from sentinel.stress.bench.honest import (
+    KINDS,
+    Kind,
+    Round,
+    Run,
+    Way,
+    _turn,
+    honest_run,
+    honest_runs,
+)
 from sentinel.stress.bench.nets import LOW_RANK, NETS, World, net, sites
 
 if TYPE_CHECKING:
@@ -63,6 +72,32 @@ def test_the_same_seed_gives_the_same_rounds() -> None:
     for left, right in zip(one, again, strict=True):
         assert all(left.state[name].equal(right.state[name]) for name in left.state)
     assert not one[0].state["0.weight"].equal(other[0].state["0.weight"])
+
+
+def test_chunks_together_are_the_whole_corpus() -> None:
+    """Which kinds, which architectures and which first values, whatever the chunks."""
+
+    def made(first: int, step: int) -> list[tuple[str, str, float]]:
+        kinds = [replace(kind, before=0) for kind in KINDS[:8]]
+        runs = honest_runs(0.2, 4, kinds, (first, step))
+        return [
+            (run.kind, run.net.name, float(next(run.rounds).state.popitem()[1].double().sum()))
+            for run in runs
+        ]
+
+    whole = made(0, 1)
+    assert sorted(made(0, 3) + made(1, 3) + made(2, 3)) == sorted(whole)
+    assert len({net for _, net, _ in whole}) > len(NETS) // 2
+
+
+def test_every_costly_architecture_has_runs_in_the_full_corpus() -> None:
+    nets = [
+        _turn(kind.nets, index, place, 1.0)
+        for place, kind in enumerate(KINDS)
+        for index in range(kind.runs)
+    ]
+    for one in NETS:
+        assert nets.count(one) >= (12 if one.costly else 24)
 
 
 def test_the_full_corpus_has_what_the_protocol_asks_for() -> None:
