@@ -234,7 +234,8 @@ def _initialised(
     elif init == "identity" and part.weight.ndim == 2:  # noqa: PLR2004 - a dense layer
         nn.init.eye_(part.weight)
     elif init == "identity" and getattr(part, "groups", 1) == 1:
-        nn.init.dirac_(part.weight)
+        nn.init.dirac_(part.weight)  # with a little noise, or channels without input stay dead
+        part.weight.add_(torch.randn(part.weight.shape, generator=generator), alpha=0.05)
     else:
         nn.init.xavier_uniform_(part.weight, generator=generator)
     if part.bias is not None:
