@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 
-.PHONY: help demo stress test test-slow soak test-all coverage lint type imports wheel test-wheel peers bench bench-utility bench-attacks conformance detectors clean
+.PHONY: help demo stress test test-slow soak test-all coverage lint type imports wheel test-wheel peers bench bench-utility bench-attacks conformance detectors detectors-evaluate clean
 help:  ## say what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ \t/' | expand -t 16
 
@@ -96,5 +96,8 @@ conformance: peers  ## measure the odd inputs on every contestant and write docs
 detectors: $(READY)  ## train the shipped detectors again
 	$(BIN)/sentinel detectors train --out detectors
 
+detectors-evaluate: $(READY)  ## measure the shipped detectors on models they were not trained on (20 minutes or more)
+	$(BIN)/sentinel detectors evaluate --out evaluation-output
+
 clean:  ## remove what was made
-	rm -rf $(VENV) .venv-wheel .venv-bench dist build demo-output stress-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-wheel .venv-bench dist build demo-output stress-output evaluation-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
