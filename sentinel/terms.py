@@ -58,7 +58,10 @@ class Verdict(enum.StrEnum):
     BINNING = "binning"
     SPARSE_ACTIVATION = "sparse_activation"
     MAGNIFICATION = "magnification"
+    TRANSFORMER_TRAP = "transformer_trap"
     INCONSISTENCY = "inconsistency"
+    LEARNED = "learned"
+    MULTI_ROUND = "multi_round"
     STRUCTURE_CHANGED = "structure_changed"
     UNHEALTHY = "unhealthy"
 

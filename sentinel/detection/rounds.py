@@ -55,6 +55,28 @@ def loss_of(output: Tensor, labels: Tensor, records: Tensor) -> Tensor:
     return nn.functional.cross_entropy(output, labels)
 
 
+def losses_of(output: Tensor, labels: Tensor, records: Tensor, targets: Tensor) -> Tensor:
+    """Return the loss of each record as `loss_of` takes it, [n].
+
+    Args:
+        output: [n, ..., classes].
+        labels: [n], integers.
+        records: [n, ...], what went in.
+        targets: of the output's shape, what a reconstruction is compared with: its own input is
+            what it has learned, and tells nothing.
+    """
+    if output.shape == records.shape and records.is_floating_point():
+        return (output - targets).square().flatten(1).mean(1)
+    if output.ndim > 2:  # noqa: PLR2004  # [n, classes] already
+        output = output.flatten(1, -2).mean(1)
+    if output.ndim == 1 or output.shape[-1] == 1:
+        flat = output.reshape(-1)
+        return nn.functional.binary_cross_entropy_with_logits(
+            flat, labels.to(flat.dtype), reduction="none"
+        )
+    return nn.functional.cross_entropy(output, labels, reduction="none")
+
+
 def drawn_labels(
     module: nn.Module, inside: Tensor, generator: torch.Generator, *, likely: bool
 ) -> Tensor:

@@ -149,7 +149,7 @@ def test_our_own_mistakes_are_not_taken_for_the_models(monkeypatch: pytest.Monke
         raise KeyError
 
     monkeypatch.setattr("sentinel.detection.reference.update_features", broken)
-    monkeypatch.setattr("sentinel.detection.behaviour._exclusive", broken)
+    monkeypatch.setattr("sentinel.detection.behaviour._dominant", broken)
     model = nn.Linear(6, 2)
     with pytest.raises(KeyError):
         build_reference(model, model.state_dict())
