@@ -142,7 +142,7 @@ def _passes_on(weight: Tensor) -> bool:
 
 def _dominant(seen: Probed, last: Seen) -> float:
     """Whether few of the probes have the outputs and the gradient of the last layer alone."""
-    if last.sizes is None or _is_single(seen):
+    if last.sizes is None or _is_single(seen) or seen.rebuilt:  # what it rebuilds has any size
         return 0.0
     peaks = seen.output.flatten(1).abs().amax(1).double()
     return max(

@@ -61,6 +61,7 @@ class Probed:
         loss: [records], against synthetic labels; None where no gradient could be taken.
         each: how many records there are of each kind; one kind stands behind the other.
         plain: whether a record is one row of numbers.
+        rebuilt: whether the output has the shape of the records.
     """
 
     layers: dict[str, Seen]
@@ -68,6 +69,7 @@ class Probed:
     loss: Tensor | None
     each: int
     plain: bool
+    rebuilt: bool
 
     def kinds(self) -> list[slice]:
         """Places of the records of each kind."""
@@ -107,7 +109,9 @@ def probed(
         name: _seen(module.get_submodule(name), *pair, errors.get(name))
         for name, pair in watched.items()
     }
-    return Probed(layers, output.detach(), loss, each, plain=rows.ndim == 2)  # noqa: PLR2004  # [records, columns]
+    plain = rows.ndim == 2  # noqa: PLR2004  # [records, columns]
+    rebuilt = output.shape == rows.shape
+    return Probed(layers, output.detach(), loss, each, plain, rebuilt)
 
 
 def _records(

@@ -115,6 +115,7 @@ COPIES = (0.05, 0.15)  # share of rows of mirrored halves
 # Where rows or inputs are few, halves mirror each other by chance: one trained kernel of eight.
 MANY_ROWS, MANY_INPUTS = 24, 64
 COPIES_OF_FEW = (0.25, 0.5)
+SHARED = (0.4, 0.25)  # gathered rows that are no traps; layers grown from zero have .3 to 1
 QUANTILE_LOW, QUANTILE_HIGH = -0.8, -1.05  # median bias / row norm: the ramp of QBI
 # Share of the rows with a bias one to four row norms below zero: honest 0 as a rule, .09 with a
 # learning rate ten times too high; of few kernels anything.
@@ -191,7 +192,8 @@ def _traps(layer: Layer, seen: LayerStatistics) -> float:
     if seen.sum_centre > OUTWEIGHED or layer.units < MANY_ROWS:  # medians of few rows are chance
         return exact
     regular = min(ramp(seen.sign_balance, 0.4, 0.3), ramp(seen.sum_balance, 0.25, 0.12))
-    return max(exact, regular)
+    # Traps are drawn row by row and share no direction (.05 to .2); what grew from zero shares one.
+    return max(exact, regular * ramp(seen.gathered, *SHARED))
 
 
 def _loud(layer: Layer, seen: LayerStatistics) -> float:
