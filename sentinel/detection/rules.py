@@ -173,7 +173,7 @@ def _parallel(layer: Layer, seen: LayerStatistics) -> float:
     # Where pruning left a row one entry, rows are parallel by chance: 13 columns, a tenth kept, .2.
     crowd = ramp(seen.parallel, *(CROWD if seen.filled > PRUNED else CROWD_OF_PRUNED))
     if layer.bias is not None:
-        return crowd * ramp(seen.offset_spread, 0.01, 0.03) * ramp(seen.scan, 0.8, 1.2)
+        return crowd * ramp(seen.offset_spread, 0.003, 0.01) * ramp(seen.scan, 0.8, 1.2)
     depthwise = layer.convolution and layer.channels == 1
     if not layer.feeds or depthwise:
         return 0.0
