@@ -132,7 +132,7 @@ class Reference:
             return None
         values = np.full((len(self.tensors), len(FEATURES)), np.nan)
         values[place] = entry.vector
-        return float(self._near(self._fitted.standard(values), only)[0])
+        return min(1.0, float(self._near(self._fitted.standard(values), only)[0]))
 
     def _values(self, named: Mapping[str, Measured]) -> Vector:
         nothing = [np.nan] * len(FEATURES)

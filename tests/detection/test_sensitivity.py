@@ -262,7 +262,7 @@ def test_many_records_trained_with_adam_score_below_what_the_shipped_policies_ti
         assert score_update(deltas, bench.reference).overall < 0.5
 
 
-def test_unscaled_columns_trained_with_adam_are_tightened_at_most_and_one_record_withheld(
+def test_many_unscaled_records_trained_with_adam_are_let_be_and_one_is_tightened(
     benches: dict[str, Bench],
 ) -> None:
     bench = benches["mlp-13-256-1"]
@@ -270,9 +270,9 @@ def test_unscaled_columns_trained_with_adam_are_tightened_at_most_and_one_record
     for records in (64, 100, 200):
         spec = Spec(records, 32, 3, 1e-3, adam=True)
         deltas = local_round(bench.module, *task.draw(records), spec)
-        assert score_update(deltas, bench.reference).overall < 0.9
+        assert score_update(deltas, bench.reference).overall < 0.5
     one = local_round(bench.module, *task.draw(1), Spec(1, 1, 1, 1e-3, adam=True))
-    assert score_update(one, bench.reference).overall > 0.9
+    assert score_update(one, bench.reference).overall > 0.5
 
 
 def test_the_own_adam_steps_as_pytorchs_does() -> None:
