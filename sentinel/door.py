@@ -176,6 +176,31 @@ class Door:
 
         return measure
 
+    def probed(
+        self,
+        measure: Measure,
+        model: nn.Module,
+        base: Mapping[str, torch.Tensor],
+        records: torch.Tensor,
+    ) -> Measure:
+        """Scores what would leave as `measure` does, and looks for these records in it.
+
+        Raises:
+            MisuseError: the policy promises something, or the model cannot be probed with these.
+        """
+        if self.house.rules.privacy is not None:
+            raise MisuseError(
+                "The policy makes a promise, so nothing that leaves may depend on single records; "
+                "leave the probe out."
+            )
+        probe = detection.Probe.of(model, base, records)
+
+        def measured(deltas: Mapping[str, torch.Tensor]) -> SensitivityScore:
+            score, share = measure(deltas), probe.read(deltas)
+            return score if share is None else score.raised(share, (probe.weight, probe.bias))
+
+        return measured
+
     def _reference(self, model: nn.Module, base: Mapping[str, torch.Tensor]) -> Reference | None:
         """The reference of this architecture; None where it cannot be had, or not in good time.
 

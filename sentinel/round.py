@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import enum
+from dataclasses import replace
 from typing import TYPE_CHECKING, Self
+
+import torch
 
 from sentinel.arguments import require_kind, require_number, require_stage
 from sentinel.audit import AlertEvent, RoundAborted, UpdateWithheld
@@ -18,8 +21,6 @@ from sentinel.update import Kind, State, require_state
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import TracebackType
-
-    import torch
 
     from sentinel.detection import Inspection
     from sentinel.door import Door
@@ -195,6 +196,41 @@ class Round:
             raise
         self._stage = _Stage.RELEASED
         return self._released.state
+
+    def probe(self, records: torch.Tensor) -> None:
+        """Show the guard some records of this round's training, to look for them in the update.
+
+        Where nothing is promised, this sharpens the sensitivity score: at release the update is
+        read as a server would (linear read-out of the first dense layer), and where more of these
+        records come back than was estimated, that share is the score. Of several probes the
+        largest share counts.
+
+        Args:
+            records: [n, ...], inputs as the model takes them; the first 256 are looked for.
+
+        Raises:
+            MisuseError: the policy promises something, the round has no model, or the model cannot
+                be probed with these records.
+
+        Guarantees:
+            The score is never lowered. Records are read in this process alone, by a copy of the
+            global model; nothing of them is kept but for the release, written or logged. Under a
+            promise none is looked at.
+
+        Edges:
+            before the round is entered, or after its release: MisuseError
+            the layer does not leave:                          the score is as without
+        """
+        require_stage(self._stage, _Stage.OPEN, _Stage.TRAINED)
+        assert self._opened is not None  # noqa: S101 - follows from the stage
+        model = None if self._trainee is None else self._trainee.architecture
+        if model is None:
+            raise MisuseError("A probe needs the model; open the round with it.")
+        if not isinstance(records, torch.Tensor) or records.ndim < 1 or not len(records):
+            raise MisuseError("A probe takes a tensor of inputs (records, ...), one at least.")
+        opened = self._opened
+        measure = self._door.probed(opened.measure, model, opened.base, records)
+        self._opened = replace(opened, measure=measure)
 
     def withhold(self, reason: Reason) -> None:
         """Close the round from outside; recorded and told. A round that has ended stays as it is.

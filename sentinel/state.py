@@ -46,8 +46,9 @@ def default_folder() -> Path:
 class StateFolder:
     """One site's state; several guards, in one or several processes, may use it together.
 
-    Layout: `ledger.sqlite`, `audit/`, `releases/`, `history/`, `references/`. Everything is 0700
-    and 0600, belongs to the user, and is never reached through a symbolic link.
+    Layout: `ledger.sqlite`, `audit/`, `releases/`, `history/`, `references/`, and, once there is
+    one, `calibration.json`. Everything is 0700 and 0600, belongs to the user, and is never reached
+    through a symbolic link.
     """
 
     def __init__(self, path: Path | str | None = None) -> None:
@@ -86,6 +87,11 @@ class StateFolder:
     def audit(self) -> Path:
         """The folder of the audit log."""
         return self.path / _AUDIT
+
+    @property
+    def calibration(self) -> SmallFile:
+        """What the detectors said of this site's ordinary rounds."""
+        return SmallFile(self.path / "calibration.json")
 
     def history(self, federation: str, run: str) -> SmallFile:
         """What is remembered about the global models of one run."""

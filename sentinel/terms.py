@@ -58,7 +58,10 @@ class Verdict(enum.StrEnum):
     BINNING = "binning"
     SPARSE_ACTIVATION = "sparse_activation"
     MAGNIFICATION = "magnification"
+    TRANSFORMER_TRAP = "transformer_trap"
     INCONSISTENCY = "inconsistency"
+    LEARNED = "learned"
+    MULTI_ROUND = "multi_round"
     STRUCTURE_CHANGED = "structure_changed"
     UNHEALTHY = "unhealthy"
 
@@ -66,6 +69,7 @@ class Verdict(enum.StrEnum):
 class Sharpness(enum.StrEnum):
     """What a sensitivity score is relative to."""
 
+    PROBED = "probed"  # records of the site, shown to the guard: a measurement
     REFERENCE = "reference"  # synthetic rounds through this very model
     GENERIC = "generic"  # other models
     BLIND = "blind"  # nothing: this model's updates do not tell few records from many

@@ -175,3 +175,16 @@ def test_knobs_of_the_benchmark_of_membership_are_all_the_noise(
     found = load("membership").with_knobs("tabular-ehr", knobs).policy.always
     asked = [(rule.noise_ratio, rule.noise_multiplier, rule.max_norm) for rule in found]
     assert asked == [(ratio, multiplier, 0.035)]
+
+
+def test_a_site_whose_scores_rise_has_alarms_and_is_told_of_drift(load: Load) -> None:
+    watched = load("site_calibration").watched
+    calm = [0.1, 0.15, 0.2, 0.15] * 15
+    rising = watched([*calm, *[0.3] * 20], 60, 1)
+    assert (rising.rounds, rising.alarms, rising.roomy) == (20, 20, 20)
+    assert rising.drift
+    assert 0 < rising.before < 20
+    barely = watched([*calm, *[0.25] * 20], 60, 1)
+    assert (barely.alarms, barely.roomy) == (20, 0)
+    steady = watched([*calm, *calm[:20]], 60, 1)
+    assert (steady.alarms, steady.drift, steady.order) == (0, False, False)

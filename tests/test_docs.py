@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sentinel.terms import Reason
+from sentinel.detection.rules import SENTENCES, VERDICTS, Kind
+from sentinel.terms import Reason, Verdict
 
 TOP = Path(__file__).parent.parent
 
@@ -59,3 +60,14 @@ def test_links_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", path.read_text()):
         if "://" not in target:
             assert (path.parent / target).exists(), target
+
+
+def test_every_verdict_of_the_inspection_is_explained() -> None:
+    text = (TOP / "docs" / "detectors.md").read_text()
+    missing = {verdict for verdict in Verdict if f"`{verdict.value}`" not in text}
+    assert missing <= {Verdict.HONEST}
+
+
+def test_every_finding_has_a_verdict_and_a_sentence() -> None:
+    assert set(VERDICTS) == set(SENTENCES) == set(Kind)
+    assert set(VERDICTS.values()) == set(Verdict) - {Verdict.HONEST}

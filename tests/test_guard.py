@@ -937,3 +937,115 @@ def test_an_answer_that_cannot_be_kept_is_not_told(make_guard, monkeypatch) -> N
         rnd.release({name: value + 0.01 for name, value in start.items()})
     assert caught.value.reason is Reason.STORAGE_FAILED
     assert "too-leaky" not in str(caught.value)
+
+
+STRICT = """
+[[rule]]
+id = "leaky"
+when = { sensitivity = 0.99 }
+action = "withhold-update"
+"""
+
+
+def two_records(model: nn.Module) -> torch.Tensor:
+    """Train on two records, which is no less revealing than on one, but seldom looks so."""
+    records = torch.randn(2, 6, generator=torch.Generator().manual_seed(9))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    nn.functional.binary_cross_entropy_with_logits(model(records), torch.ones(2, 1)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return records
+
+
+def test_a_probe_that_reads_every_record_withholds_the_update(
+    make_guard: Callable[..., sentinel.Guard],
+) -> None:
+    guard, model = make_guard(PLAIN + STRICT), net()
+    base = state_of(model)
+    with guard.round(0, base, model) as unprobed:
+        two_records(model)
+    unprobed.release()
+    with guard.round(1, base, model) as opened:
+        opened.probe(two_records(model))
+    with pytest.raises(Withheld) as error:
+        opened.release()
+    assert error.value.reason is Reason.TOO_SENSITIVE
+
+
+def test_a_probe_of_what_is_not_in_the_update_changes_no_score(
+    make_guard: Callable[..., sentinel.Guard],
+) -> None:
+    guard, model = make_guard(), net()
+    base = state_of(model)
+    with guard.round(0, base, model) as plain:
+        train(model)
+    plain.release()
+    with guard.round(1, base, model) as probed:
+        train(model)
+        probed.probe(torch.randn(32, 6, generator=torch.Generator().manual_seed(10)))
+    probed.release()
+    assert probed.decided.evidence.sensitivity == pytest.approx(
+        plain.decided.evidence.sensitivity, abs=0.1
+    )
+    assert probed.decided.score.sharpness == "probed"
+
+
+def test_under_a_promise_no_record_is_looked_at(
+    make_guard: Callable[..., sentinel.Guard],
+) -> None:
+    guard, model = make_guard(SITE), net()
+    base = state_of(model)
+
+    class Untouchable(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function: object, *_: object, **__: object) -> object:
+            if getattr(function, "__name__", "") in {"__len__", "__get__"}:
+                return super().__torch_function__(function, *_, **__)
+            raise AssertionError("a record was read")
+
+    with guard.round(0, base, model) as opened:
+        train(model)
+        with pytest.raises(MisuseError, match="promise"):
+            opened.probe(torch.ones(2, 6).as_subclass(Untouchable))
+    opened.release()
+    assert opened.decided.score.sharpness != "probed"
+
+
+def test_a_probe_has_its_time_and_needs_the_model(
+    make_guard: Callable[..., sentinel.Guard],
+) -> None:
+    guard, model = make_guard(), net()
+    base, records = state_of(model), torch.zeros(2, 6)
+    opened = guard.round(0, base, model)
+    with pytest.raises(MisuseError):
+        opened.probe(records)
+    with opened:
+        train(model)
+        for wrong in (torch.zeros(()), torch.zeros(0, 6), [1.0]):
+            with pytest.raises(MisuseError, match="tensor of inputs"):
+                opened.probe(wrong)
+    opened.release()
+    with pytest.raises(MisuseError):
+        opened.probe(records)
+    handed = guard.round(1, base)
+    with handed, pytest.raises(MisuseError, match="needs the model"):
+        handed.probe(records)
+
+
+STAYS = """
+[[rule]]
+id = "first-stays"
+match = ["0.**"]
+action = "withhold"
+"""
+
+
+def test_a_probe_of_a_layer_that_stays_changes_no_score(
+    make_guard: Callable[..., sentinel.Guard],
+) -> None:
+    guard, model = make_guard(PLAIN + STAYS), net()
+    base = state_of(model)
+    with guard.round(0, base, model) as opened:
+        opened.probe(two_records(model))
+    opened.release()
+    assert opened.decided.score.sharpness != "probed"

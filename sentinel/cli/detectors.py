@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sentinel.cli import detectors_calibrate
 from sentinel.cli.console import (
     REFUSED,
     AsJson,
@@ -16,15 +17,22 @@ from sentinel.cli.console import (
     progress,
     say_error,
 )
+from sentinel.cli.detectors_evaluate import evaluate_command
 from sentinel.errors import MisuseError, Withheld
 
 app = typer.Typer(
-    cls=SentinelGroup, no_args_is_help=True, help="List the shipped detectors, or train them."
+    cls=SentinelGroup,
+    no_args_is_help=True,
+    help="List the shipped detectors, train or evaluate them.",
 )
 
 Folder = Annotated[
     Path | None, typer.Option("--folder", help="Folder of bundles; the shipped ones if left out.")
 ]
+app.command("evaluate")(evaluate_command)
+
+
+detectors_calibrate.register(app)
 
 
 @app.command("list")

@@ -7,6 +7,7 @@ them alone.
 from sentinel.detection.bundle import Detector, load_detector
 from sentinel.detection.history import History
 from sentinel.detection.inspection import Inspection, inspect_global_model
+from sentinel.detection.probe import Probe
 from sentinel.detection.reference import Reference, build_reference
 from sentinel.detection.rules import Finding, Kind
 from sentinel.detection.sensitivity import SensitivityScore, score_update
@@ -17,6 +18,7 @@ __all__ = [
     "History",
     "Inspection",
     "Kind",
+    "Probe",
     "Reference",
     "SensitivityScore",
     "build_reference",

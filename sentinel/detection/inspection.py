@@ -12,19 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sentinel.detection import rules
+from sentinel.detection import moves, rules
+from sentinel.detection.attention import attention_findings
 from sentinel.detection.behaviour import behaviour_findings
 from sentinel.detection.bundle import GLOBAL_MODEL, Detector, load_detector
-from sentinel.detection.history import History, Shape, scale_of, structure_of
+from sentinel.detection.history import History, Places, Shape, structure_of
 from sentinel.detection.layers import Layer, layers_of
 from sentinel.detection.rules import Finding, Kind
 from sentinel.detection.stack import largest
 from sentinel.detection.synthetic import is_uninitialised
-from sentinel.detection.weights import LayerStatistics, Weighed, weighed
+from sentinel.detection.weights import SEED, LayerStatistics, Weighed, weighed
 from sentinel.errors import MisuseError
 from sentinel.terms import Verdict
-
-SEED = 20_260  # of the sketches and probes, so that one model always gets one suspicion
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,17 +86,20 @@ def inspect_global_model(
         kept = history or History(structure)
         return _inspection([*changed, *broken], 0.0, kept, probed=False)
     statistics = [seen.statistics for seen in measured]
-    scales = tuple(scale_of(seen.size) for seen in measured)
-    findings = [*changed, *_weight_findings(state, layers, statistics)]
+    places = Places.of([(seen.size, seen.trace, seen.statistics.bias_centre) for seen in measured])
+    young = set() if history is None or changed else history.young()
+    findings = [*changed, *_weight_findings(state, layers, statistics, young)]
     if history is not None and history.scales and not changed:
         indices = [layer.index for layer in layers]
-        findings += rules.jump_findings(indices, history.scales[-1], scales)
+        findings += rules.jump_findings(indices, history.scales[-1], places.scales)
+        findings += moves.move_findings(indices, history, places)
+        findings += moves.scan_findings(indices, history, places, statistics)
     behaved = None
     if model is not None and not changed:
         behaved = behaviour_findings(model, state, sample=sample, generator=_generator())
         findings += behaved or []
     unusual, odd = _learned(layers, statistics, learned)
-    following = (history or History(structure)).joined(structure, scales)
+    following = (history or History(structure)).joined(structure, places)
     return _inspection([*findings, *odd], unusual, following, probed=behaved is not None)
 
 
@@ -166,13 +168,19 @@ def _generator() -> torch.Generator:
 
 
 def _weight_findings(
-    state: Mapping[str, Tensor], layers: list[Layer], statistics: list[LayerStatistics]
+    state: Mapping[str, Tensor],
+    layers: list[Layer],
+    statistics: list[LayerStatistics],
+    young: set[int],
 ) -> list[Finding]:
+    """Return what the weights show; rows of a layer that grew from zero are parallel at first."""
     found = [
         finding
-        for layer, seen in zip(layers, statistics, strict=True)
+        for place, (layer, seen) in enumerate(zip(layers, statistics, strict=True))
         for finding in rules.layer_findings(layer, seen)
+        if not (place in young and finding.kind is Kind.PARALLEL_ROWS)
     ]
+    found += attention_findings(layers, statistics, found)
     return [*found, *rules.model_findings(layers, statistics), *rules.norm_findings(state)]
 
 

@@ -60,7 +60,11 @@ def layers_of(state: Mapping[str, Tensor]) -> list[Layer]:
     order = {name: index for index, name in enumerate(sorted(state))}
     matrices = {name: state[name] for name in order if _is_matrix(state[name])}
     widths = Counter(value.shape[1] for value in matrices.values())
-    return [_layer(order[name], name, value, state, widths) for name, value in matrices.items()]
+    dense = Counter(value.shape[1] for value in matrices.values() if value.ndim == MATRIX)
+    return [
+        _layer(order[name], name, value, state, dense if value.ndim == MATRIX else widths)
+        for name, value in matrices.items()
+    ]
 
 
 def entry_name(module: str, leaf: str) -> str:
@@ -105,7 +109,10 @@ def _layer(
 
 
 def _feeds(value: Tensor, widths: Counter[int]) -> bool:
-    """Whether a layer other than itself has a width that fits its units, flattened or not."""
+    """Whether a layer other than itself has a width that fits its units, flattened or not.
+
+    Kernels do not take up what a dense layer gives: six classes are no six channels.
+    """
     units, own = value.shape[:2]
     if value.ndim == MATRIX:
         return widths[units] > (own == units)

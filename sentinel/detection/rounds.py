@@ -57,6 +57,28 @@ def loss_of(output: Tensor, labels: Tensor, records: Tensor) -> Tensor:
     return nn.functional.cross_entropy(output, labels)
 
 
+def losses_of(output: Tensor, labels: Tensor, records: Tensor, targets: Tensor) -> Tensor:
+    """Return the loss of each record as `loss_of` takes it, [n].
+
+    Args:
+        output: [n, ..., classes].
+        labels: [n], integers.
+        records: [n, ...], what went in.
+        targets: of the output's shape, what a reconstruction is compared with: its own input is
+            what it has learned, and tells nothing.
+    """
+    if output.shape == records.shape and records.is_floating_point():
+        return (output - targets).square().flatten(1).mean(1)
+    if output.ndim > 2:  # noqa: PLR2004  # [n, classes] already
+        output = output.flatten(1, -2).mean(1)
+    if output.ndim == 1 or output.shape[-1] == 1:
+        flat = output.reshape(-1)
+        return nn.functional.binary_cross_entropy_with_logits(
+            flat, labels.to(flat.dtype), reduction="none"
+        )
+    return nn.functional.cross_entropy(output, labels, reduction="none")
+
+
 def drawn_labels(
     module: nn.Module, inside: Tensor, generator: torch.Generator, *, likely: bool
 ) -> Tensor:
@@ -171,6 +193,14 @@ def reached(module: nn.Module, records: Tensor) -> list[tuple[str, nn.Module, Te
         for handle in handles:
             handle.remove()
     return [(name, part, values) for name, (part, values) in seen.items()]
+
+
+def dense_input(module: nn.Module, records: Tensor) -> tuple[str, Tensor] | None:
+    """Return the first dense layer with a bias that is reached, and what reaches it, [n, d]."""
+    for name, part, values in reached(module, records):
+        if isinstance(part, nn.Linear):
+            return name, _rows(values)
+    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,19 +24,27 @@ if TYPE_CHECKING:
 
 
 class Kind(enum.StrEnum):
-    """What was found."""
+    """What was found; among equals the more telling kind stands earlier."""
 
     STRUCTURE = "structure"
+    SCANNED = "scanned"
+    FEED_FORWARD_TRAP = "feed-forward-trap"
+    OPEN_ATTENTION = "open-attention"
     PARALLEL_ROWS = "parallel-rows"
     TRAP_ROWS = "trap-rows"
+    LOUD_ROWS = "loud-rows"
     QUANTILE_BIASES = "quantile-biases"
-    EXCLUSIVE_UNITS = "exclusive-units"
     DEAD_UNITS = "dead-units"
     LARGE_ENTRY = "large-entry"
     LARGE_BIAS = "large-bias"
     SINGLE_ROW = "single-row"
     LARGE_LAYER = "large-layer"
+    EXCLUSIVE_UNITS = "exclusive-units"
+    DOMINANT_RECORD = "dominant-record"
+    STEEP_OUTPUT = "steep-output"
     SCALE_JUMP = "scale-jump"
+    RETRAINED = "retrained"
+    REPLACED = "replaced"
     UNUSUAL = "unusual"
     NOT_FINITE = "not-finite"
     EXPLODED = "exploded"
@@ -46,6 +54,7 @@ VERDICTS: dict[Kind, Verdict] = {
     Kind.STRUCTURE: Verdict.STRUCTURE_CHANGED,
     Kind.PARALLEL_ROWS: Verdict.BINNING,
     Kind.TRAP_ROWS: Verdict.SPARSE_ACTIVATION,
+    Kind.LOUD_ROWS: Verdict.SPARSE_ACTIVATION,
     Kind.QUANTILE_BIASES: Verdict.SPARSE_ACTIVATION,
     Kind.EXCLUSIVE_UNITS: Verdict.SPARSE_ACTIVATION,
     Kind.LARGE_ENTRY: Verdict.MAGNIFICATION,
@@ -54,6 +63,13 @@ VERDICTS: dict[Kind, Verdict] = {
     Kind.LARGE_LAYER: Verdict.MAGNIFICATION,
     Kind.DEAD_UNITS: Verdict.INCONSISTENCY,
     Kind.SCALE_JUMP: Verdict.INCONSISTENCY,
+    Kind.STEEP_OUTPUT: Verdict.MAGNIFICATION,
+    Kind.DOMINANT_RECORD: Verdict.LEARNED,
+    Kind.FEED_FORWARD_TRAP: Verdict.TRANSFORMER_TRAP,
+    Kind.OPEN_ATTENTION: Verdict.TRANSFORMER_TRAP,
+    Kind.SCANNED: Verdict.MULTI_ROUND,
+    Kind.RETRAINED: Verdict.LEARNED,
+    Kind.REPLACED: Verdict.INCONSISTENCY,
     Kind.UNUSUAL: Verdict.INCONSISTENCY,
     Kind.NOT_FINITE: Verdict.UNHEALTHY,
     Kind.EXPLODED: Verdict.UNHEALTHY,
@@ -64,14 +80,23 @@ SENTENCES: dict[Kind, str] = {
     Kind.PARALLEL_ROWS: "has many units that look along one direction at different thresholds",
     Kind.TRAP_ROWS: "has rows whose negative half outweighs a copy of itself, so that few records "
     "pass",
+    Kind.LOUD_ROWS: "has a group of rows many times larger than the others",
     Kind.QUANTILE_BIASES: "has biases at which each unit fires for few records of a batch",
-    Kind.EXCLUSIVE_UNITS: "has many units that fire for exactly one record of a synthetic batch",
+    Kind.EXCLUSIVE_UNITS: "has units that fire for few records of a synthetic batch each",
+    Kind.DOMINANT_RECORD: "answers few records of a synthetic batch loudly and the others hardly",
+    Kind.STEEP_OUTPUT: "is so large that every synthetic record is answered with certainty",
     Kind.LARGE_ENTRY: "has one weight that drowns all others",
     Kind.LARGE_BIAS: "has biases that decide the output whatever the record is",
     Kind.SINGLE_ROW: "passes on one unit and silences the others",
     Kind.LARGE_LAYER: "is scaled far beyond the other layers",
     Kind.DEAD_UNITS: "has biases that keep most units from ever firing",
     Kind.SCALE_JUMP: "changed its size by a factor that training does not make in one round",
+    Kind.FEED_FORWARD_TRAP: "takes up single tokens, and has the rows of a trap",
+    Kind.OPEN_ATTENTION: "lets tokens pass unmixed, where the attention of other blocks does not",
+    Kind.SCANNED: "has parallel rows that stood still while their thresholds walked",
+    Kind.RETRAINED: "moved in one round, as most others did, far beyond all moves before, from "
+    "where it was",
+    Kind.REPLACED: "is, as most others are, another one than in the last round and all before",
     Kind.UNUSUAL: "looks unlike the layers of honest models",
     Kind.NOT_FINITE: "holds values that are not finite",
     Kind.EXPLODED: "has diverged: its weights are far beyond any working range",
@@ -83,7 +108,24 @@ MANY_OUTPUTS = 4
 PUSHED = -3.0  # shift of a normalised channel that pruning does not leave
 NOTHING = -1.99  # log10 scale of a layer that is zero: one that starts so grows in a round
 PLAUSIBLE = -0.5  # log10 scale up to which a layer may grow in one round; usual first values: -0.24
+ENTRY = (0.5, 1.0)  # log10 of the entry itself: identity kernels hold ones among next to nothing
+PRUNED = 0.75  # share of entries that are not zero, below which a layer counts as pruned
+CROWD, CROWD_OF_PRUNED = (0.06, 0.2), (0.3, 0.5)  # share of parallel rows
+COPIES = (0.05, 0.15)  # share of rows of mirrored halves
+# Where rows or inputs are few, halves mirror each other by chance: one trained kernel of eight.
+MANY_ROWS, MANY_INPUTS = 24, 64
+COPIES_OF_FEW = (0.25, 0.5)
 QUANTILE_LOW, QUANTILE_HIGH = -0.8, -1.05  # median bias / row norm: the ramp of QBI
+# Share of the rows with a bias one to four row norms below zero: honest 0 as a rule, .09 with a
+# learning rate ten times too high; of few kernels anything.
+FEW_LOW, FEW_HIGH = 0.1, 0.22
+FEW_ROWS = 16
+LOUD_ROWS = (0.02, 0.06)  # share of rows in a group far longer than the others; honest 0
+USUAL_ROWS = -0.6  # log10 of the median row norm: below it, most units died and a few are ordinary
+# Log10 of a last layer's rows, and over the middle layer's: honest .45 and .69 at most, times 30
+# adds 1.48.
+LAST_SIZE = (0.6, 0.8)
+LAST_GAP = (1.3, 1.45)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +155,7 @@ def layer_findings(layer: Layer, seen: LayerStatistics) -> Iterator[Finding]:
     strengths = (
         (Kind.PARALLEL_ROWS, _parallel(layer, seen)),
         (Kind.TRAP_ROWS, _traps(layer, seen)),
+        (Kind.LOUD_ROWS, _loud(layer, seen)),
         (Kind.QUANTILE_BIASES, _quantiles(layer, seen)),
         (Kind.DEAD_UNITS, _dead(layer, seen)),
         (Kind.LARGE_ENTRY, _entry(seen)),
@@ -126,7 +169,8 @@ def layer_findings(layer: Layer, seen: LayerStatistics) -> Iterator[Finding]:
 
 def _parallel(layer: Layer, seen: LayerStatistics) -> float:
     """Binning: one direction, scanned by the bias. Rows that merely condensed share their bias."""
-    crowd = ramp(seen.parallel, 0.06, 0.2)
+    # Where pruning left a row one entry, rows are parallel by chance: 13 columns, a tenth kept, .2.
+    crowd = ramp(seen.parallel, *(CROWD if seen.filled > PRUNED else CROWD_OF_PRUNED))
     if layer.bias is not None:
         return crowd * ramp(seen.offset_spread, 0.01, 0.03) * ramp(seen.scan, 0.8, 1.2)
     depthwise = layer.convolution and layer.channels == 1
@@ -139,18 +183,34 @@ def _traps(layer: Layer, seen: LayerStatistics) -> float:
     """Boenisch's rows: half negative, the sum always on the negative side by the same share."""
     if not layer.feeds:
         return 0.0
-    exact = ramp(seen.mirrored, 0.12, 0.3)
-    if seen.sum_centre > OUTWEIGHED:
+    # Of about 24 rows; honest 0 in every full layer of many rows and inputs. What pruning leaves is
+    # two tails, which mirror each other in every row.
+    few = layer.units < MANY_ROWS or layer.inputs < MANY_INPUTS
+    copies = COPIES_OF_FEW if few else COPIES
+    exact = ramp(seen.mirrored, *copies) if seen.filled > PRUNED else 0.0
+    if seen.sum_centre > OUTWEIGHED or layer.units < MANY_ROWS:  # medians of few rows are chance
         return exact
     regular = min(ramp(seen.sign_balance, 0.4, 0.3), ramp(seen.sum_balance, 0.25, 0.12))
     return max(exact, regular)
 
 
+def _loud(layer: Layer, seen: LayerStatistics) -> float:
+    """Crafted rows among honest ones, where nobody brought them to one size."""
+    if not layer.feeds or layer.bias is None or seen.scale < USUAL_ROWS:
+        return 0.0
+    return ramp(seen.loud_rows, *LOUD_ROWS)
+
+
 def _quantiles(layer: Layer, seen: LayerStatistics) -> float:
-    """QBI: nearly every bias about one or two row norms below zero, before a ReLU."""
+    """QBI: biases about one or two row norms below zero, before a ReLU, in all rows or in some."""
     if not layer.feeds or seen.dead_rows > 0.5:  # noqa: PLR2004  # most are dead: another finding
         return 0.0
-    return ramp(seen.quantile_rows, 0.4, 0.7) * ramp(seen.bias_centre, QUANTILE_LOW, QUANTILE_HIGH)
+    every = ramp(seen.quantile_rows, 0.4, 0.7)
+    every *= ramp(seen.bias_centre, QUANTILE_LOW, QUANTILE_HIGH)
+    if layer.convolution or layer.units < FEW_ROWS:
+        return every
+    some = seen.quantile_rows - seen.dead_rows - seen.lit_rows
+    return max(every, ramp(some, FEW_LOW, FEW_HIGH))
 
 
 def _dead(layer: Layer, seen: LayerStatistics) -> float:
@@ -162,7 +222,8 @@ def _dead(layer: Layer, seen: LayerStatistics) -> float:
 
 def _entry(seen: LayerStatistics) -> float:
     """Feature fishing: one weight hundreds of times the norm of an ordinary row."""
-    return ramp(seen.entry_gain, 1.8, 2.2)
+    size = ramp(seen.entry_gain + seen.scale, *ENTRY)
+    return size * ramp(seen.entry_gain, 1.8, 2.2)
 
 
 def _single_row(layer: Layer, seen: LayerStatistics) -> float:
@@ -183,10 +244,16 @@ def model_findings(
     for layer, seen in zip(layers, statistics, strict=True):
         if middle > EXPLODED and seen.scale > EXPLODED:
             yield Finding(Kind.EXPLODED, layer.index)
-        elif seen.scale > EXPLODED and len(scales) > 1:
-            strength = ramp(seen.scale - middle, 0.75 * GAIN, GAIN)
-            if strength > 0.0:
-                yield Finding(Kind.LARGE_LAYER, layer.index, strength)
+        elif len(scales) > 1 and (strength := _large(layer, seen, seen.scale - middle)) > 0.0:
+            yield Finding(Kind.LARGE_LAYER, layer.index, strength)
+
+
+def _large(layer: Layer, seen: LayerStatistics, gap: float) -> float:
+    """How far one layer is scaled up; of a last layer less is told, as none grows so far."""
+    found = ramp(gap, 0.75 * GAIN, GAIN) if seen.scale > EXPLODED else 0.0
+    if layer.feeds or layer.bias is None or layer.convolution:  # embeddings are large, and no last
+        return found
+    return max(found, min(ramp(seen.scale, *LAST_SIZE), ramp(gap, *LAST_GAP)))
 
 
 def norm_findings(state: Mapping[str, Tensor]) -> Iterator[Finding]:

@@ -18,7 +18,7 @@ from sentinel.detection.features import Measured, update_features
 from sentinel.update import Update
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -28,7 +28,7 @@ SEED = 11
 # Where nothing tells few records from many. High, because the update may well be of one record;
 # below .5, from which the shipped policies tighten, because it is no evidence of that either.
 BLIND = 0.45
-Sharpness = Literal["reference", "generic", "blind"]
+Sharpness = Literal["probed", "reference", "generic", "blind"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +38,19 @@ class SensitivityScore:
     Attributes:
         overall: 0 to 1, the estimated share of the records that could be read.
         per_tensor: the same from each tensor alone; 0 for a tensor that did not change.
-        sharpness: "reference" (relative to this very model), "generic" (to other models) or "blind"
-            (nothing tells few records from many here: overall is `BLIND` and says nothing).
+        sharpness: "reference" (relative to this very model), "generic" (to other models), "blind"
+            (nothing tells few records from many here: overall is `BLIND` and says nothing) or
+            "probed" (the site's own records were looked for in it as well).
     """
 
     overall: float
     per_tensor: dict[str, float]
     sharpness: Sharpness
+
+    def raised(self, share: float, names: Iterable[str]) -> SensitivityScore:
+        """Return the score where this share of the site's records was read, by these tensors."""
+        read = {name: max(share, self.per_tensor.get(name, 0.0)) for name in names}
+        return SensitivityScore(max(share, self.overall), {**self.per_tensor, **read}, "probed")
 
 
 def score_update(

@@ -19,6 +19,7 @@ from torch import Tensor
 from sentinel.crew import share_out
 from sentinel.detection.layers import Layer, wide_type
 from sentinel.detection.stack import GROUP, Stack, largest
+from sentinel.detection.trace import ACROSS, ALONG, NOWHERE, Trace, directions, signs, traces
 from sentinel.errors import MisuseError
 
 if TYPE_CHECKING:
@@ -32,12 +33,16 @@ BLOCK = 256  # rows that are compared with all others at a time
 MIRRORED = 24  # rows that are sorted, about
 LEAST_FILLED = 12  # entries below which two halves resemble each other by chance
 COPIED = 0.15  # mirror below which one half of a row is a copy of the other
+UNEVEN = 0.1  # deviation of the negative share from half; published rows have none
 OUTWEIGHED = -3e-3  # sum over absolute sum from which the negative half outweighs; published: -.026
 FEW_INPUTS = 4  # below this many inputs, rows are parallel by chance
 DEAD = -4.0  # bias / row norm from which a unit no longer fires on standardised inputs
 QUANTILE = -1.0  # bias / row norm from which a unit fires for few records of a batch
+LOUD = 4.0  # row norm over the median one, from which a row is far longer
+DRAWN = 1.4  # spread of log norm by the root of the inputs: of drawn rows .7 to .9
 _TINY = 1e-12
-STATISTICS_VERSION = 1
+STATISTICS_VERSION = 2
+SEED = 20_260  # of the sketches, so that one model always gets one suspicion
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +54,8 @@ class LayerStatistics:
         offset_spread: interquartile range of bias / row norm among those that look one way.
         scan: log10 of that range over the scatter of the set's directions, per input: training
             scatters both alike, a scan moves the biases alone.
-        top_share: share of the first principal direction in the normalised rows.
+        gathered: sum of squared shares of the principal directions in normalised rows: 1 for one
+            direction, one in so many for many.
         sign_balance: median deviation of the count of negative entries from half, in standard
             deviations of a fair coin; a trained or fresh row has about .7.
         sum_balance: spread over rows of sum / absolute sum, where independent signs give about .7.
@@ -57,12 +63,15 @@ class LayerStatistics:
         mirror: how far the sorted positive entries are from a multiple of the negative ones,
             times the root of the number of inputs; the median over rows.
         mirrored: share of rows where that is next to nothing and the negative half outweighs.
+        filled: median over rows of the share of entries that are not zero; pruning leaves few.
         bias_centre: median of bias / row norm.
         quantile_rows: share of rows with bias / row norm below `QUANTILE`.
         dead_rows: share of rows with bias / row norm below `DEAD`.
         lit_rows: share of rows with bias / row norm above -`DEAD`.
         zero_rows: share of rows that are zero beside the largest.
         row_gain: log10 of the largest row norm over the median of the non-zero ones.
+        loud_rows: share of rows far longer than the median one, where all of them are as alike in
+            length as drawn rows are.
         entry_gain: log10 of the largest entry over the median norm of the non-zero rows.
         top_row: share of the largest row in the squared norm.
         bias_range: log10 of 1 + the largest distance of a bias from zero.
@@ -72,18 +81,20 @@ class LayerStatistics:
     parallel: float = 0.0
     offset_spread: float = 0.0
     scan: float = -1.0
-    top_share: float = 0.0
+    gathered: float = 0.0
     sign_balance: float = 0.7
     sum_balance: float = 0.7
     sum_centre: float = 0.0
     mirror: float = 1.0
     mirrored: float = 0.0
+    filled: float = 1.0
     bias_centre: float = 0.0
     quantile_rows: float = 0.0
     dead_rows: float = 0.0
     lit_rows: float = 0.0
     zero_rows: float = 0.0
     row_gain: float = 0.0
+    loud_rows: float = 0.0
     entry_gain: float = 0.0
     top_row: float = 0.0
     bias_range: float = 0.0
@@ -105,10 +116,12 @@ class Weighed:
     Attributes:
         statistics: of its values.
         size: root mean square of the norms of its rows.
+        trace: where it stands, to tell its moves by.
     """
 
     statistics: LayerStatistics
     size: float
+    trace: Trace
 
 
 def layer_statistics(layer: Layer, generator: torch.Generator) -> LayerStatistics:
@@ -153,6 +166,29 @@ def weighed(layers: Sequence[Layer], seed: int) -> list[Weighed | None]:
     return [placed[place] for place in range(len(layers))]
 
 
+def measured_places(layers: Sequence[Layer], seed: int) -> list[tuple[float, Trace, float]]:
+    """Return of each layer what `weighed` says of its place, and measure nothing else.
+
+    Returns:
+        Size, trace, and median of bias / row norm; an infinite size where a value is not finite.
+    """
+    return [_place(layer, torch.Generator().manual_seed(seed)) for layer in layers]
+
+
+def _place(layer: Layer, generator: torch.Generator) -> tuple[float, Trace, float]:
+    stack = Stack.of([layer.weight], layer.units, wide_type(layer.weight))
+    bias = None if layer.bias is None else layer.bias.to(torch.float64)[None]
+    part, unit = _survey(stack, bias, generator), 1.0
+    if not bool(part.norms.isfinite().all()) and math.isfinite(float(part.peak)):
+        part, unit = _shared(stack, bias, generator)
+    size = float(part.norms.square().mean().sqrt()) * unit
+    if not math.isfinite(size):
+        return math.inf, NOWHERE, 0.0
+    ((_, chosen),) = _alike(part)
+    told = bias is not None and float(part.norms.max()) > _TINY
+    return size, part.traces()[0], float(_biases(chosen)["bias_centre"]) if told else 0.0
+
+
 def _groups(layers: Sequence[Layer]) -> list[list[int]]:
     """Places of layers of one form, few enough to be stacked."""
     alike: dict[tuple[object, ...], list[int]] = {}
@@ -178,6 +214,7 @@ class _Part:
         norms: of the rows, [layers, units], float64.
         peak: largest magnitude of each, [layers], float64.
         sketch: [layers, units, `SKETCH`], where there are few units and many inputs; else None.
+        projected: [layers, `ACROSS`, `ALONG`], what the traces are made of.
         alive: units that are not next to zero, [living].
     """
 
@@ -186,6 +223,7 @@ class _Part:
     norms: Tensor
     peak: Tensor
     sketch: Tensor | None
+    projected: Tensor
     alive: Tensor
 
     def select(self, places: list[int], alive: Tensor) -> _Part:
@@ -195,7 +233,11 @@ class _Part:
         bias = None if self.bias is None else self.bias[places]
         sketch = None if self.sketch is None else self.sketch[places]
         stack, norms, peak = self.stack.select(places), self.norms[places], self.peak[places]
-        return _Part(stack, bias, norms, peak, sketch, alive)
+        return _Part(stack, bias, norms, peak, sketch, self.projected[places], alive)
+
+    def traces(self) -> list[Trace]:
+        """Where each layer stands."""
+        return traces(self.projected, self.norms.square().sum(1).sqrt())
 
     def rows(self, chosen: Tensor) -> Tensor:
         """Return the same rows of every layer as places of the stack, [layers, rows]."""
@@ -215,8 +257,9 @@ def _weighed(layers: Sequence[Layer], generator: torch.Generator) -> list[Weighe
     for places, chosen in _alike(part):
         generator.set_state(state)
         sizes = chosen.norms.square().mean(1).sqrt().tolist()
-        for place, seen, size in zip(places, _statistics(chosen, generator), sizes, strict=True):
-            found[place] = Weighed(seen, size)
+        measured = zip(_statistics(chosen, generator), sizes, chosen.traces(), strict=True)
+        for place, one in zip(places, measured, strict=True):
+            found[place] = Weighed(*one)
     finite = part.peak.isfinite().tolist()
     for place, good in enumerate(finite):
         if good and found[place] is None:  # squares leave the dtype
@@ -228,14 +271,20 @@ def _weighed(layers: Sequence[Layer], generator: torch.Generator) -> list[Weighe
 
 def _weighed_huge(stack: Stack, bias: Tensor | None, generator: torch.Generator) -> Weighed:
     """Measure a layer whose squares leave the dtype, as a share of its largest value."""
-    unit = largest(stack.values)
-    share = replace(stack, dtype=torch.float64, divisor=stack.values.new_tensor([unit]).double())
-    part = _survey(share, None if bias is None else bias / unit, generator)
+    part, unit = _shared(stack, bias, generator)
     ((_, chosen),) = _alike(part)
     (seen,) = _statistics(chosen, generator)
     bias_range = 0.0 if bias is None else math.log10(1.0 + float(bias.abs().max()))
     size = float(part.norms.square().mean().sqrt()) * unit
-    return Weighed(replace(seen, scale=seen.scale + math.log10(unit), bias_range=bias_range), size)
+    seen = replace(seen, scale=seen.scale + math.log10(unit), bias_range=bias_range)
+    return Weighed(seen, size, part.traces()[0])
+
+
+def _shared(stack: Stack, bias: Tensor | None, generator: torch.Generator) -> tuple[_Part, float]:
+    """Survey a layer as a share of its largest value, and return that value."""
+    unit = largest(stack.values)
+    share = replace(stack, dtype=torch.float64, divisor=stack.values.new_tensor([unit]).double())
+    return _survey(share, None if bias is None else bias / unit, generator), unit
 
 
 def _survey(stack: Stack, bias: Tensor | None, generator: torch.Generator) -> _Part:
@@ -244,6 +293,12 @@ def _survey(stack: Stack, bias: Tensor | None, generator: torch.Generator) -> _P
     few = stack.rows <= MOST_ROWS and stack.columns > SKETCH
     projection = _projection(stack, generator) if few else None
     sketch = stack.room(stack.rows, SKETCH).to(stack.dtype) if few else None
+    projected = stack.room(ACROSS, ALONG)
+    step = -(-stack.rows // MOST_ROWS)  # of very many rows, evenly chosen ones tell a move as well
+    across, along = (
+        shared.to(norms.device, stack.dtype)
+        for shared in (signs(stack.rows), directions(stack.columns))
+    )
     for rows in stack.row_slabs():
         for columns in stack.column_slabs():
             part = stack.part(rows, columns)
@@ -251,8 +306,14 @@ def _survey(stack: Stack, bias: Tensor | None, generator: torch.Generator) -> _P
             torch.maximum(peak, _peaks(part).double(), out=peak)
             if projection is not None and sketch is not None:
                 sketch[:, rows] += part @ projection[columns]
+            else:
+                chosen = slice(rows.start + -rows.start % step, rows.stop, step)
+                some = part[:, -rows.start % step :: step] @ along[columns]
+                projected += math.sqrt(step) * (across[:, chosen] @ some).double()
+    if sketch is not None:
+        projected = (across @ sketch[:, :, :ALONG]).double()
     everything = torch.arange(stack.rows, device=norms.device)
-    return _Part(stack, bias, norms.sqrt_(), peak, sketch, everything)
+    return _Part(stack, bias, norms.sqrt_(), peak, sketch, projected, everything)
 
 
 def _peaks(values: Tensor) -> Tensor:
@@ -290,6 +351,7 @@ def _statistics(part: _Part, generator: torch.Generator) -> list[LayerStatistics
         **_biases(part),
         "zero_rows": nothing + (1.0 - len(part.alive) / part.stack.rows),
         "row_gain": (top / middle).log10(),
+        "loud_rows": _loud(part, middle),
         "entry_gain": (part.peak / middle).clamp_min(_TINY).log10(),
         "top_row": top.square() / part.norms.square().sum(1),
         "bias_range": bias_range,
@@ -298,6 +360,17 @@ def _statistics(part: _Part, generator: torch.Generator) -> list[LayerStatistics
     usual = LayerStatistics()
     columns = [found.get(name, nothing + getattr(usual, name)) for name in STATISTICS]
     return [LayerStatistics(*row) for row in torch.stack(columns, dim=1).tolist()]
+
+
+def _loud(part: _Part, middle: Tensor) -> Tensor:
+    """Share of rows in a group that is far longer than the others; rows that trained differ."""
+    loud = part.norms > LOUD * middle[:, None]
+    count = loud.sum(1)
+    lengths = torch.where(loud, part.norms, 1.0).log()
+    mean = lengths.sum(1) / count.clamp_min(1)
+    away = torch.where(loud, lengths - mean[:, None], 0.0).square().sum(1) / count.clamp_min(1)
+    alike = away.sqrt() < DRAWN / math.sqrt(part.stack.columns)
+    return torch.where(alike & (count >= FEW_INPUTS), count / part.stack.rows, 0.0)
 
 
 def sampled(rows: Tensor, most: int, generator: torch.Generator) -> Tensor:
@@ -314,7 +387,7 @@ def _direction(part: _Part, generator: torch.Generator) -> dict[str, Tensor]:
     if inputs < FEW_INPUTS or len(rows) < FEW_INPUTS:
         return {}
     units = _units(part, rows, generator)
-    gram = (units.mT @ units / len(rows)).double().cpu()
+    gram = units.mT @ units / len(rows)  # of trace 1
     crowds = [
         _crowd(part, place, rows, units[place]) if crowded else (0.0, 0.0, -1.0)
         for place, crowded in enumerate(_crowded(units))
@@ -324,7 +397,7 @@ def _direction(part: _Part, generator: torch.Generator) -> dict[str, Tensor]:
         "parallel": parallel,
         "offset_spread": spread,
         "scan": scan,
-        "top_share": torch.linalg.eigvalsh(gram)[:, -1].to(part.norms.device),
+        "gathered": gram.double().square().sum((1, 2)),
     }
 
 
@@ -411,7 +484,8 @@ def _traps(part: _Part, generator: torch.Generator) -> dict[str, Tensor]:
     spread = torch.arange(0, len(rows), max(1, len(rows) // MIRRORED), device=rows.device)
     mirror = _mirrors(stack, part.rows(rows[spread])) * filled[:, spread].sqrt()
     copied = (mirror < COPIED) & (balance[:, spread] < OUTWEIGHED)
-    copied &= filled[:, spread] >= LEAST_FILLED
+    halves = (negative - filled / 2).abs() < UNEVEN * filled  # a row of one sign mirrors nothing
+    copied &= halves[:, spread] & (filled[:, spread] >= LEAST_FILLED)
     centre = _middle(balance)
     away = _middle((balance - centre[:, None]).abs())
     uneven = _middle((negative - filled / 2).abs())
@@ -424,7 +498,8 @@ def _traps(part: _Part, generator: torch.Generator) -> dict[str, Tensor]:
     }
     none = LayerStatistics()
     told = usual >= 2 * FEW_INPUTS
-    return {name: torch.where(told, value, getattr(none, name)) for name, value in found.items()}
+    shown = {name: torch.where(told, value, getattr(none, name)) for name, value in found.items()}
+    return shown | {"filled": usual / inputs}
 
 
 def _signs(stack: Stack, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:

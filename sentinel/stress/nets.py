@@ -41,7 +41,7 @@ def drawn(build: Callable[[], nn.Module], generator: torch.Generator) -> nn.Modu
 def _draw(part: nn.Module, name: str, value: Tensor, generator: torch.Generator) -> None:
     if isinstance(part, nn.BatchNorm2d | nn.GroupNorm | nn.LayerNorm):
         value.fill_(1.0 if name == "weight" else 0.0)
-    elif isinstance(part, nn.Linear | nn.Conv2d):
+    elif isinstance(part, nn.Linear | nn.Conv1d | nn.Conv2d):
         bound = 1.0 / math.sqrt(part.weight[0].numel())
         value.uniform_(-bound, bound, generator=generator)
     elif name == "in_proj_bias":

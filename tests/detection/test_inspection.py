@@ -287,3 +287,58 @@ def test_states_of_odd_tensors_are_inspected() -> None:
         "one.weight": torch.ones(1, 1),
     }
     assert inspect_global_model(state).verdict is Verdict.HONEST
+
+
+def test_rows_of_one_sign_mirror_nothing() -> None:
+    """Nets trained fast on images draw whole rows below zero."""
+    module, state = built("mlp-100-512-10")
+    state["0.weight"][::2] = -state["0.weight"][::2].abs()
+    found = inspect_global_model(state)
+    assert Kind.TRAP_ROWS not in {finding.kind for finding in found.findings}
+    crafted = servers.trap_weights(module, state, generator=seeded(1))
+    assert Kind.TRAP_ROWS in {found.kind for found in inspect_global_model(crafted).findings}
+
+
+def test_few_small_kernels_are_no_traps_by_chance() -> None:
+    for seed in range(60):
+        generator = seeded(seed)
+        state = {
+            "0.weight": 0.2 * torch.randn(8, 1, 3, 3, generator=generator) - 0.02,
+            "0.bias": 0.1 * torch.randn(8, generator=generator),
+            "1.weight": 0.1 * torch.randn(16, 8, 3, 3, generator=generator) - 0.01,
+            "1.bias": 0.1 * torch.randn(16, generator=generator),
+            "2.weight": 0.1 * torch.randn(4, 16, generator=generator),
+        }
+        assert inspect_global_model(state).suspicion < 0.3
+
+
+def test_rows_that_pruning_left_one_entry_are_no_bins() -> None:
+    _, state = built("mlp-13-64-2", 2)
+    state["0.bias"] = torch.randn(64, generator=seeded(3))
+    assert inspect_global_model(corpus.pruned(state, 0.9)).suspicion < 0.3
+
+
+def test_drawn_rows_among_trained_ones_are_found_by_their_length_and_trained_ones_pass() -> None:
+    _, state = built("mlp-100-512-10")
+    drawn = {name: value.clone() for name, value in state.items()}
+    drawn["0.weight"][:128] = torch.randn(128, 100, generator=seeded(1))
+    found = inspect_global_model(drawn)
+    assert found.verdict is Verdict.SPARSE_ACTIVATION
+    assert found.findings[0].kind is Kind.LOUD_ROWS
+    grown = {name: value.clone() for name, value in state.items()}
+    grown["0.weight"][:128] *= torch.linspace(5.0, 20.0, 128)[:, None]
+    assert inspect_global_model(grown).suspicion < 0.3
+
+
+def test_identity_kernels_and_rare_classes_pass() -> None:
+    kernels = torch.zeros(16, 8, 3, 3)
+    nn.init.dirac_(kernels)
+    kernels += 0.003 * torch.randn(kernels.shape, generator=seeded(1))
+    state = {
+        "0.weight": 0.1 * torch.randn(6, 1, 5, 5, generator=seeded(2)),
+        "1.weight": 0.1 * torch.randn(8, 6, 3, 3, generator=seeded(3)),
+        "2.weight": kernels,
+        "3.weight": 0.02 * torch.randn(6, 64, generator=seeded(4)),
+        "3.bias": torch.tensor([-0.7, -1.5, -2.5, -3.5, -5.0, -6.9]),
+    }
+    assert inspect_global_model(state).suspicion < 0.3

@@ -13,6 +13,8 @@ from sentinel.detection.inspection import SEED
 from sentinel.detection.layers import Layer, layers_of
 from sentinel.detection.weights import (
     DEAD,
+    DRAWN,
+    LOUD,
     PARALLEL,
     QUANTILE,
     STATISTICS,
@@ -39,6 +41,7 @@ def state(*, biased: bool = True) -> dict[str, Tensor]:
                 weight[: shape[0] // 3] = 0.0
             if kind == 2:
                 weight[: shape[0] // 2] = weight[0]
+                weight[-6:] *= 20.0 if shape[0] > 20 else 1.0
             found[f"{place}.{kind}.weight"] = weight
             if biased:
                 found[f"{place}.{kind}.bias"] = torch.randn(shape[0], generator=generator)
@@ -73,6 +76,9 @@ def plain(layer: Layer) -> dict[str, float]:
         "top_row": float(norms.max() ** 2 / norms.square().sum()),
         "scale": math.log10(middle(norms[alive])),
     }
+    lengths = norms[norms > LOUD * middle(norms[alive])].log()
+    alike = len(lengths) >= 4 and lengths.std(correction=0) < DRAWN / math.sqrt(layer.inputs)
+    found["loud_rows"] = len(lengths) / layer.units if alike else 0.0
     if len(rows) <= 256 and layer.inputs >= 8 and len(rows) >= 8:
         root = math.sqrt(layer.inputs)
         balance = rows.sum(1) / rows.abs().sum(1)
@@ -82,12 +88,14 @@ def plain(layer: Layer) -> dict[str, float]:
             "sign_balance": middle(uneven) / (root / 2),
             "sum_balance": middle(away) * root / 1.25,
             "sum_centre": middle(balance),
+            "filled": middle((rows != 0).double().mean(1)),
         }
     if layer.inputs <= 32 and len(rows) <= 1024 and min(layer.inputs, len(rows)) >= 4:
         units = rows / rows.norm(dim=1, keepdim=True)
         most = int(((units @ units.T).abs() > PARALLEL).sum(1).max())
         found["parallel"] = most / len(rows) if most > 1 else 0.0
-        found["top_share"] = float(torch.linalg.svdvals(units)[0] ** 2 / len(rows))
+        shares = torch.linalg.svdvals(units).square() / len(rows)
+        found["gathered"] = float(shares.square().sum())
     if layer.bias is not None:
         ratio = layer.bias.double() / norms.clamp_min(1e-6 * norms.max())
         found |= {
