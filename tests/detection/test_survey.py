@@ -191,7 +191,9 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_tensors_measured_together_have_the_features_of_each_alone(dtype: torch.dtype) -> None:
-    require_alike(update(lambda value: value.to(dtype)), within=1e-3)
+    # What 16 bits leave beside a low rank is close to the floor: the sketch is summed in float32.
+    within = 1e-5 if dtype in {torch.float64, torch.float32} else 5e-3
+    require_alike(update(lambda value: value.to(dtype)), within)
 
 
 @pytest.mark.usefixtures("threads")
