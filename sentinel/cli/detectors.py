@@ -137,4 +137,5 @@ def _train(name: str, folder: Path, recipe_file: Path | None, *, quick: bool) ->
         )
         train_global_model(recipe, made, folder)
     else:
-        train_sensitivity(recipe, sites.sites(recipe.nets, recipe.repeats, recipe.seed), folder)
+        size = sites.Size(recipe.nets, recipe.kinds, recipe.stages, recipe.repeats)
+        train_sensitivity(recipe, sites.sites(size, recipe.seed), folder)

@@ -23,8 +23,8 @@ import onnxruntime
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sentinel.crew import share_out
-from sentinel.detection.features import FEATURE_VERSION, FEATURES
-from sentinel.detection.reference import RELATIVE
+from sentinel.detection.clues import CLUES
+from sentinel.detection.features import FEATURE_VERSION
 from sentinel.detection.weights import STATISTICS, STATISTICS_VERSION
 from sentinel.errors import MisuseError, Withheld
 from sentinel.paths import bundled
@@ -42,7 +42,7 @@ GLOBAL_MODEL: Final = "global-model"
 MODEL, MANIFEST, CARD, RECIPE = "model.onnx", "manifest.json", "card.md", "recipe.toml"
 
 EXPECTED: dict[str, tuple[int, tuple[str, ...]]] = {
-    UPDATE_SENSITIVITY: (FEATURE_VERSION, RELATIVE),
+    UPDATE_SENSITIVITY: (FEATURE_VERSION, CLUES),
     GLOBAL_MODEL: (STATISTICS_VERSION, STATISTICS),
 }
 
@@ -60,8 +60,7 @@ class Manifest(BaseModel):
         libraries: versions of what trained it.
         files: SHA-256 of every file of the bundle but this one.
         knots: (anomaly, value): the monotone piecewise linear map from the model's output.
-        generic: per feature of an update, for each mode in turn: ordinary value, gap, weight;
-            stands in where no reference is at hand.
+        generic_knots: the same for updates that are scored without a reference.
         floor: least score without a reference.
     """
 
@@ -76,19 +75,17 @@ class Manifest(BaseModel):
     libraries: dict[str, str]
     files: dict[str, str]
     knots: tuple[tuple[float, float], ...] = Field(min_length=2)
-    generic: dict[str, tuple[float, ...]] = {}
+    generic_knots: tuple[tuple[float, float], ...] = ((0.0, 0.0), (1.0, 1.0))
     floor: float = Field(default=0.0, ge=0.0, le=1.0)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        xs, ys = [knot[0] for knot in self.knots], [knot[1] for knot in self.knots]
-        if xs != sorted(set(xs)) or ys != sorted(ys) or not 0.0 <= ys[0] <= ys[-1] <= 1.0:
-            msg = "knots must rise, from 0 to 1"
-            raise ValueError(msg)
-        sizes = {len(row) for row in self.generic.values()}
-        if self.generic and (set(self.generic) != set(FEATURES) or sizes != {6}):
-            msg = "generic must have six numbers for each feature of an update"
-            raise ValueError(msg)
+        for knots in (self.knots, self.generic_knots):
+            xs, ys = [knot[0] for knot in knots], [knot[1] for knot in knots]
+            rising = len(xs) > 1 and xs == sorted(set(xs)) and ys == sorted(ys)
+            if not rising or not 0.0 <= ys[0] <= ys[-1] <= 1.0:
+                msg = "knots must rise, from 0 to 1"
+                raise ValueError(msg)
         return self
 
 
@@ -111,16 +108,31 @@ class Detector:
         Raises:
             Withheld: DETECTOR_UNAVAILABLE, where the model gives no number.
         """
+        return self._scored(vectors, ANOMALY)
+
+    def leakage(self, vectors: Sequence[Sequence[float]]) -> list[float]:
+        """Return the leakage that the model estimates for each vector, as it is.
+
+        Raises:
+            Withheld: DETECTOR_UNAVAILABLE, where the model gives no number.
+        """
+        return self._scored(vectors, LEAKAGE)
+
+    def generic(self, vectors: Sequence[Sequence[float]]) -> list[float]:
+        """Return what the manifest's map for updates without a reference makes of it, 0 to 1."""
+        return [interpolated(x, self.manifest.generic_knots) for x in self.leakage(vectors)]
+
+    def _scored(self, vectors: Sequence[Sequence[float]], output: str) -> list[float]:
         batch = np.asarray(vectors, dtype=np.float32).reshape(-1, len(self.manifest.features))
         pieces = np.array_split(batch, math.ceil(len(batch) / MOST_AT_ONCE) or 1)
-        found = share_out(pieces, lambda: self._run)
+        found = share_out(pieces, lambda: functools.partial(self._run, output))
         scores = [score for piece in found for score in piece]
         if not all(math.isfinite(score) for score in scores):
             raise _unavailable(self.manifest.name, "gives no finite score")
         return scores
 
-    def _run(self, batch: NDArray[np.float32]) -> list[float]:
-        scores = self._session.run([ANOMALY], {INPUT: batch})[0]
+    def _run(self, output: str, batch: NDArray[np.float32]) -> list[float]:
+        scores = self._session.run([output], {INPUT: batch})[0]
         return list(map(float, scores.ravel().tolist()))
 
     def calibrated(self, vectors: Sequence[Sequence[float]]) -> list[float]:
@@ -128,7 +140,11 @@ class Detector:
         return [interpolated(score, self.manifest.knots) for score in self.anomaly(vectors)]
 
 
-INPUT, ANOMALY = "features", "anomaly"
+INPUT, ANOMALY, LEAKAGE = "features", "anomaly", "leakage"
+OUTPUTS: dict[str, set[str]] = {
+    UPDATE_SENSITIVITY: {ANOMALY, LEAKAGE},
+    GLOBAL_MODEL: {ANOMALY},
+}
 _at = itemgetter(0)
 
 
@@ -206,6 +222,7 @@ def _session(model: bytes, name: str) -> Any:  # noqa: ANN401  # onnxruntime has
         )
     except Exception as error:  # onnxruntime's own exceptions share no public base
         raise _unavailable(name, "cannot be opened by onnxruntime") from error
-    if ANOMALY not in {output.name for output in session.get_outputs()}:
-        raise _unavailable(name, f"has no output called {ANOMALY}")
+    missing = OUTPUTS[name] - {output.name for output in session.get_outputs()}
+    if missing:
+        raise _unavailable(name, f"has no output called {min(missing)}")
     return session

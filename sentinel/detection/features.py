@@ -35,7 +35,7 @@ from sentinel.terms import Reason
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-FEATURE_VERSION = 1
+FEATURE_VERSION = 2
 _SAFE = (1e-6, 1e15)  # norms at which float32 holds all squares, and no row is taken for zero
 
 
@@ -44,12 +44,19 @@ class TensorFeatures:
     """Features of one tensor (with its bias); those of matrices are 0 for a vector.
 
     Attributes:
-        tail_1: log10 of the energy outside the largest singular direction.
-        tail_4: the same outside the largest four.
-        tail_16: the same outside the largest sixteen.
-        rank: log10 of the effective rank (exponential of the spectrum's entropy).
+        tail_1: log10 of the energy outside one random direction of its row space.
+        tail_4: the same outside four.
+        tail_16: the same outside sixteen.
+        rank: log10 of the effective rank (participation ratio of the spectrum).
         unexplained: log10 of the weight's energy that the bias update does not explain.
         twins: share of the non-faint rows that are parallel to another one, bias included.
+        match_02: share of a server's guesses (rows over their bias) that have another within 2 % of
+            their norm.
+        match_10: the same within 10 %.
+        match_30: the same within 30 %.
+        close: mean log10 of the distance of a guess to the nearest other one over its norm.
+        aside: the same over its distance from the middle guess.
+        aside_30: share of the guesses where that is below 30 %.
         faint_rows: share of the rows that are next to zero.
         row_spread: log10 of the participation ratio of the rows, as a share of the rows.
         column_spread: the same for the columns.
@@ -66,6 +73,12 @@ class TensorFeatures:
     rank: float = 0.0
     unexplained: float = 0.0
     twins: float = 0.0
+    match_02: float = 0.0
+    match_10: float = 0.0
+    match_30: float = 0.0
+    close: float = 0.0
+    aside: float = 0.0
+    aside_30: float = 0.0
     faint_rows: float = 0.0
     row_spread: float = 0.0
     column_spread: float = 0.0
@@ -85,7 +98,18 @@ FEATURES: tuple[str, ...] = tuple(field.name for field in fields(TensorFeatures)
 
 # Where fewer records move each feature: fewer directions, more stillness, less evenly spread.
 FEWER: dict[str, int] = dict.fromkeys(FEATURES, -1) | dict.fromkeys(
-    ("twins", "faint_rows", "peak", "faint", "faint_columns"), 1
+    (
+        "twins",
+        "match_02",
+        "match_10",
+        "match_30",
+        "aside_30",
+        "faint_rows",
+        "peak",
+        "faint",
+        "faint_columns",
+    ),
+    1,
 )
 
 

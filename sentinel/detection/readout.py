@@ -11,6 +11,7 @@ from torch import Tensor
 EXACT, NEAR = 0.01, 0.30  # distance of a read record, relative to its distance from the average
 MOST_CANDIDATES = 1024
 _FAINT = 1e-4
+_STILL = (1e-4, 0.1, 0.3)  # row norms beside the largest below which a word did not occur
 
 
 def candidates(weight: Tensor, bias: Tensor, thresholds: Tensor | None = None) -> Tensor:
@@ -77,8 +78,56 @@ def leakage(guesses: Tensor, inside: Tensor, outside: Tensor, within: float = NE
         within: largest distance that counts as read, relative to the distance from that mean.
 
     Returns:
-        0 to 1.
+        0 to 1; 0 where no more is read than chance may give (two standard errors).
     """
     average = outside.double().mean(0)
-    by_chance = read_share(guesses, outside, average, within)
-    return max(0.0, read_share(guesses, inside, average, within) - by_chance)
+    read = read_share(guesses, inside, average, within)
+    met = read_share(guesses, outside, average, within)
+    return beyond_chance(read, met, len(inside), len(outside))
+
+
+def beyond_chance(read: float, met: float, records: int, outsiders: int) -> float:
+    """Return the share read beyond the share met by chance; 0 where that may be chance too.
+
+    Args:
+        read: share of the records behind the update.
+        met: share of records that were not used.
+        records: how many stand behind the first.
+        outsiders: how many behind the second.
+    """
+    likely = (met * outsiders + 1.0) / (outsiders + 2.0)
+    chance = (likely * (1.0 - likely) / max(records, 1)) ** 0.5
+    return read - met if read - met > 2.0 * chance else 0.0
+
+
+def token_leakage(weight: Tensor, inside: Tensor, outside: Tensor, within: float = NEAR) -> float:
+    """Return the share of the records whose words the rows of an embedding that moved give away.
+
+    A server sees which rows moved. That names the words of one record, and of several only all of
+    them together: a record counts as read where the words seen and its own differ in at most a
+    share of `within` (Jaccard's distance).
+
+    Args:
+        weight: [vocabulary, d], update of an embedding.
+        inside: [n, places], words of the records behind the update.
+        outside: [k, places], of others: what is met by chance.
+        within: largest distance that counts as read.
+    """
+    norms = weight.float().norm(dim=1)
+    largest = norms.amax()
+    if not largest > 0.0:
+        return 0.0
+    found = 0.0
+    for faint in _STILL:
+        seen = norms > faint * largest
+        read, met = (_met(seen, records, within) for records in (inside, outside))
+        found = max(found, beyond_chance(read, met, len(inside), len(outside)))
+    return found
+
+
+def _met(seen: Tensor, records: Tensor, within: float) -> float:
+    own = torch.zeros(len(records), len(seen), dtype=torch.bool)
+    own.scatter_(1, records.long(), value=True)
+    common = (own & seen).sum(1).double()
+    either = (own | seen).sum(1).clamp_min(1).double()
+    return float((1.0 - common / either <= within).double().mean())

@@ -1,34 +1,34 @@
-"""Reference: what updates of this very model look like, learned from synthetic rounds.
+"""Reference: what updates of this very model look like, learned from rehearsals.
 
-Absolute features mean one thing on one architecture and the opposite on another. So every feature
-is expressed relative to the model at hand: 0 is an ordinary round (many records, or several local
-epochs), 1 a round of a single record. Which features tell the two apart, on which tensor, is
-measured in the same synthetic rounds, and they are weighted by it.
+Absolute features mean one thing on one architecture and the opposite on another. So synthetic
+rounds of known size run through the model at hand, and what leaks from each is measured: an update
+is placed between ordinary rounds (many records) and rounds of one record, and compared with the
+rehearsals that it resembles most. Which features tell, on which tensor, is measured in them too.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_arrays
+from safetensors.numpy import save as save_arrays
 from torch import nn
 
-from sentinel.detection.features import (
-    FEATURE_VERSION,
-    FEATURES,
-    FEWER,
-    Measured,
-    update_features,
-)
+from sentinel.detection.clues import ALIKE, GROUPS, UNKNOWN
+from sentinel.detection.features import FEATURE_VERSION, FEATURES, FEWER, Measured
 from sentinel.detection.history import structure_of
-from sentinel.detection.rounds import Spec, drawn_labels, local_round, measured_leakage
+from sentinel.detection.layers import entry_name
+from sentinel.detection.rehearsal import REHEARSED, Rehearsal, passes, rehearse
+from sentinel.detection.rounds import Spec, local_round, reached
 from sentinel.detection.synthetic import (
-    Columns,
     ModelError,
     fitting_shape,
     foreign,
@@ -41,7 +41,7 @@ from sentinel.durable import replace_file
 from sentinel.errors import MisuseError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -49,160 +49,211 @@ if TYPE_CHECKING:
 
     Vector = NDArray[np.float64]
 
+FORMAT = 2  # of a kept reference; another one is built again
 SEED = 7
-PATIENCE = 120.0  # seconds for all synthetic rounds of a model, once per architecture
+PATIENCE = 120.0  # seconds for all rehearsals of a model, once per architecture
 SLOW = 0.02  # seconds per record below which a model is quick, whatever a first call costs
 MANY = 64  # records from which a round is ordinary
-OUTSIDERS = 64  # records that no round uses
+MOST_TENSORS = 48  # that are compared: those that tell most
 LEAST_GAP = 0.03  # between ordinary and single, in units of the feature; less is rounding
 LEAST_WEIGHT = 1.0  # gap over scatter below which a feature tells nothing on a tensor
 MOST_WEIGHT = 5.0
-DIVERGED = 10.0  # largest change of a weight in one synthetic round; NaN is not below it either
 NOISE = 0.02  # least scatter that is assumed, so that a constant feature is not trusted blindly
-
-GROUPS: dict[str, tuple[str, ...]] = {
-    "rank": ("tail_1", "tail_4", "tail_16", "rank", "unexplained"),
-    "twins": ("twins",),
-    "gaps": ("faint_rows", "faint", "faint_columns"),
-    "shape": ("row_spread", "column_spread", "flatness", "peak", "spread"),
-}
+FARTHEST = 5.0  # scatters beyond which a feature is as far off as can be
+NEIGHBOURS = 6  # rehearsals that an update is compared with
+SHARP = 6  # power of the weights where only the features that tell best count
 _FEWER = np.array([FEWER[name] for name in FEATURES])
-RELATIVE: tuple[str, ...] = (*GROUPS, "all")  # the names of what the detector sees
 _MEMBERS = [[FEATURES.index(name) for name in names] for names in GROUPS.values()]
 
-LARGE = 1_000_000  # parameters from which synthetic rounds are few: seconds, not minutes
-# Rounds by role, and how many of each: one record, few, and the ordinary ones in two modes.
-Specs = tuple[tuple[Spec, int], ...]
-SINGLE: Specs = ((Spec(1, 1), 6),)
-FEW: Specs = (
-    (Spec(2, 2), 3),
-    (Spec(4, 4), 3),
-    (Spec(8, 8), 3),
-)
 
-
-@dataclass(frozen=True, slots=True)
-class Mode:
-    """One ordinary way to train.
-
-    Attributes:
-        ordinary: rounds of many records.
-        single: rounds of one record, trained alike.
-        raw: on columns that nobody scaled; only for models of plain rows.
-    """
-
-    ordinary: Specs
-    single: Specs = SINGLE
-    raw: bool = False
-
-
-BASE: tuple[Mode, ...] = (
-    Mode(((Spec(64, 64), 5), (Spec(128, 128), 3))),  # one step
-    Mode(((Spec(64, 16, 2), 5), (Spec(128, 32, 2), 3))),  # federated averaging
-)
-ADAM = Mode(
-    ((Spec(64, 16, 2, 1e-3, adam=True), 4), (Spec(128, 32, 3, 1e-3, adam=True), 4)),
-    ((Spec(1, 1, 1, 1e-3, adam=True), 3), (Spec(1, 1, 4, 1e-3, adam=True), 3)),
-)
-RAW = (
-    Mode(((Spec(64, 32, 2, 1e-3), 4), (Spec(128, 32, 3, 1e-3), 4)), raw=True),
-    replace(ADAM, raw=True),
-)
-MODES: tuple[Mode, ...] = (*BASE, ADAM, *RAW)
-# Modes beyond the first two only excuse an update that they explain: not far on their calm side,
-# and nearer to their ordinary rounds than to one record's.
-OVERSHOOT = 0.2
-NEARER = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where one tensor's features lie in one mode.
-
-    Attributes:
-        ordinary: median of each feature over ordinary rounds.
-        gap: what a single record adds to it.
-        weight: how well the feature tells revealing from ordinary rounds, 0 where it does not.
-    """
-
-    ordinary: Vector
-    gap: Vector
-    weight: Vector
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Reference:
     """What updates of one model look like.
 
     Attributes:
-        places: tensor name -> one place per mode.
-        floor: share of records that linear read-out took from ordinary synthetic rounds, in the
-            worse mode: a model crafted to leak does so however many records there are.
-        sharpness: "reference" where it was built from the model at hand, else "generic".
+        tensors: names of the tensors that are compared.
+        read: weights of the dense layers with a bias in the order they are reached: the first one
+            that moves is what a server reads.
+        rounds: features of the rehearsals, [rounds, tensors, features]; NaN for a still tensor.
+        leakage: measured in each, [rounds].
+        records: behind each, [rounds].
+        noise: of each over its update, [rounds].
+        floor: share of the records that linear read-out took from rehearsals of many records, in
+            the worst style and way to train: a model crafted to leak does so however many there
+            are.
     """
 
-    places: Mapping[str, tuple[Place, ...]]
+    tensors: tuple[str, ...]
+    read: tuple[str, ...]
+    rounds: Vector
+    leakage: Vector
+    records: Vector
+    noise: Vector
     floor: float
-    sharpness: Literal["reference", "generic"] = "reference"
+    sharpness: Literal["reference"] = "reference"
+    _fitted: _Fitted = field(init=False, repr=False, compare=False)
 
-    def relative(self, measured: Sequence[Measured]) -> tuple[list[list[Vector]], list[Vector]]:
-        """Express features relative to this model.
+    def __post_init__(self) -> None:
+        """Learn which features tell."""
+        object.__setattr__(self, "_fitted", _Fitted.of(self))
 
-        Returns:
-            Per measured tensor one pair of vectors for each mode in which it tells anything, and
-            the same for the update as a whole: where the update lies, and where a typical round
-            of one record would, [2, relative], in the order of `RELATIVE`.
-        """
-        found: list[dict[int, Vector]] = [{} for _ in measured]
-        pulls = np.zeros((len(MODES), len(FEATURES)))
-        weights = np.zeros((len(MODES), len(FEATURES)))
-        beyond = np.zeros(len(MODES))
-        own = [self.places.get(entry.names[0], ()) for entry in measured]
-        for mode in range(max(map(len, own), default=0)):
-            here = [index for index, places in enumerate(own) if mode < len(places)]
-            vectors = np.array([measured[index].vector for index in here])
-            pull, weight = _pull(vectors, [own[index][mode] for index in here])
-            pulls[mode], weights[mode] = pull.sum(axis=0), weight.sum(axis=0)
-            beyond[mode] = -np.minimum(pull, 0.0).sum()
-            pairs = _pair(pull, weight)
-            for row in np.flatnonzero(weight.any(axis=1)):
-                found[here[row]][mode] = pairs[row]
-        fits = beyond <= OVERSHOOT * weights.sum(axis=1)
-        fits &= [_is_nearer(*rows) for rows in zip(pulls, weights, strict=True)]
-        fits[: len(BASE)] = True
-        told = [mode for mode in range(len(MODES)) if weights[mode].any() and fits[mode]]
-        return [list(pairs.values()) for pairs in found], list(_pair(pulls[told], weights[told]))
+    def relative(self, named: Mapping[str, Measured]) -> Vector:
+        """Return where an update lies between ordinary rounds (0) and one of one record (1)."""
+        fitted = self._fitted
+        values = self._values(named)
+        told = np.isfinite(values) & (fitted.told > 0.0)
+        weight = np.where(told, fitted.told**2, 0.0)
+        gap = np.where(told, fitted.gap, 1.0)
+        place = np.where(told, np.clip((values - fitted.ordinary) / gap, -1.0, 1.5), 0.0)
+        pull, total = (weight * place).sum(0), weight.sum(0)
+        means = [_mean(pull[members], total[members]) for members in (*_MEMBERS, slice(None))]
+        return np.array(means)
+
+    def alike(self, named: Mapping[str, Measured], read: Measured | None) -> Vector:
+        """Return what the rehearsals that an update resembles say, in the order of `LOCAL`."""
+        away = self._fitted.standard(self._values(named))
+        weight = self._fitted.weight
+        only = np.zeros_like(weight)
+        if read is not None and read.names[0] in self.tensors:
+            place = self.tensors.index(read.names[0])
+            only[place] = weight[place] ** 2
+        return np.concatenate(
+            [self._near(away, chosen) for chosen in (weight**2, weight**SHARP, only)]
+        )
+
+    def single(self, entry: Measured) -> float | None:
+        """Return the leakage of the rehearsals that one tensor resembles; None where it is mute."""
+        if entry.names[0] not in self.tensors:
+            return None
+        place = self.tensors.index(entry.names[0])
+        only = np.zeros_like(self._fitted.weight)
+        only[place] = self._fitted.weight[place] ** 2
+        if only.max(initial=0.0) < LEAST_TOLD**2:
+            return None
+        values = np.full((len(self.tensors), len(FEATURES)), np.nan)
+        values[place] = entry.vector
+        return min(1.0, float(self._near(self._fitted.standard(values), only)[0]))
+
+    def _values(self, named: Mapping[str, Measured]) -> Vector:
+        nothing = [np.nan] * len(FEATURES)
+        rows = [named[name].vector if name in named else nothing for name in self.tensors]
+        return np.array(rows, dtype=np.float64).reshape(-1, len(FEATURES))
+
+    def _near(self, away: Vector, weight: Vector) -> Vector:
+        """Means over the nearest rehearsals, the nearer the more; `UNKNOWN` without any weight."""
+        total = float(weight.sum())
+        if total <= 0.0 or not len(self.leakage):
+            return np.full(len(ALIKE), UNKNOWN)
+        chosen = weight.reshape(-1) > 0.0
+        apart = self._fitted.rounds[:, chosen] - away.reshape(-1)[chosen]
+        distance = (apart**2) @ weight.reshape(-1)[chosen] / total
+        nearest = np.argsort(distance, kind="stable")[:NEIGHBOURS]
+        near = distance[nearest]
+        share = 1.0 / (near + 0.5 * near[0] + 1e-3)
+        share /= share.sum()
+        leaks = self.leakage[nearest]
+        return np.array(
+            [
+                share @ leaks,
+                np.log10(near[0] + 1e-6),
+                leaks.min(),
+                leaks.max(),
+                share @ np.log2(self.records[nearest]),
+                share @ np.log10(self.noise[nearest] + 0.01),
+            ]
+        )
 
 
-def _pull(vectors: Vector, places: Sequence[Place]) -> tuple[Vector, Vector]:
-    """Positions between ordinary and single, weighted; and the weights: [tensors, features]."""
-    told = np.array([place.weight for place in places])
-    weight = np.minimum(told, MOST_WEIGHT) ** 2
-    gap = np.where(told > 0, np.array([place.gap for place in places]), 1.0)
-    ordinary = np.array([place.ordinary for place in places])
-    return weight * np.clip((vectors - ordinary) / gap, -1.0, 1.5), weight
+LEAST_TOLD = 0.3  # rank correlation with leakage below which a tensor says nothing by itself
 
 
-def _pair(pull: Vector, weight: Vector) -> Vector:
-    """Where updates lie, and where one record would: at 1 wherever there is weight; [..., 2, k]."""
-    return np.stack([_grouped(pull, weight), _grouped(weight, weight)], axis=-2)
+def _mean(pull: Vector, total: Vector) -> float:
+    return float(pull.sum() / total.sum()) if total.sum() > 0.0 else UNKNOWN
 
 
-def _is_nearer(pull: Vector, weight: Vector) -> bool:
-    """Whether an update is nearer to ordinary rounds, by all features and by its rank alone."""
-    place = _grouped(pull, weight)
-    return bool(max(place[RELATIVE.index("rank")], place[RELATIVE.index("all")]) <= NEARER)
+@dataclass(frozen=True, slots=True)
+class _Fitted:
+    """What is learned from the rehearsals; [tensors, features] each but the first.
+
+    Attributes:
+        rounds: the rehearsals in scatters from their mean, [rounds, tensors * features].
+        centre: mean over the rehearsals.
+        scale: scatter over them.
+        weight: size of the rank correlation with leakage.
+        ordinary: median over rounds of many records.
+        gap: what a single record adds to it.
+        told: how well the feature tells the two apart, 0 where it does not.
+    """
+
+    rounds: Vector
+    centre: Vector
+    scale: Vector
+    weight: Vector
+    ordinary: Vector
+    gap: Vector
+    told: Vector
+
+    @classmethod
+    def of(cls, reference: Reference) -> _Fitted:
+        values = reference.rounds
+        shape = values.shape[1:]
+        moved = np.isfinite(values)
+        count = np.maximum(moved.sum(0), 1)
+        filled = np.where(moved, values, 0.0)
+        centre = filled.sum(0) / count
+        scatter = np.where(moved, values - centre, 0.0)
+        scale = np.sqrt((scatter**2).sum(0) / count + NOISE**2)
+        standard = np.clip(scatter / scale, -FARTHEST, FARTHEST).reshape(
+            len(values), math.prod(shape)
+        )
+        clean = reference.noise == 0.0
+        many = values[clean & (reference.records >= MANY)]
+        one = values[clean & (reference.records == 1)]
+        ordinary, gap, told = _gaps(one, many) if len(one) and len(many) else np.zeros((3, *shape))
+        weight = np.abs(_correlations(standard, reference.leakage)).reshape(shape)
+        return cls(standard, centre, scale, weight, ordinary, gap, told)
+
+    def standard(self, values: Vector) -> Vector:
+        away = np.clip((values - self.centre) / self.scale, -FARTHEST, FARTHEST)
+        return np.where(np.isfinite(away), away, 0.0)
 
 
-def _grouped(pull: Vector, weight: Vector) -> Vector:
-    """Weighted means within each group of features, and over all of them; the calm side is 0."""
-    means = [_mean(pull[..., members], weight[..., members]) for members in _MEMBERS]
-    return np.maximum(np.stack([*means, _mean(pull, weight)], axis=-1), 0.0)
+def _gaps(one: Vector, many: Vector) -> tuple[Vector, Vector, Vector]:
+    """Ordinary value, gap to a single record, and how well it tells; 0 where a tensor was still."""
+    known = np.isfinite(one).any(0) & np.isfinite(many).any(0)
+    one, many = (np.where(known, rows, 0.0) for rows in (one, many))
+    ordinary = np.nanmedian(many, axis=0)
+    gap = np.nanmedian(one, axis=0) - ordinary
+    scatter = np.sqrt(np.nanvar(many, axis=0) + 0.5 * np.nanvar(one, axis=0) + NOISE**2)
+    weight = gap * _FEWER / scatter
+    told = (gap * _FEWER > LEAST_GAP) & (weight > LEAST_WEIGHT)
+    return ordinary, gap, np.where(told, np.minimum(weight, MOST_WEIGHT), 0.0)
 
 
-def _mean(pull: Vector, weight: Vector) -> Vector:
-    total = weight.sum(axis=-1)
-    return np.asarray(pull.sum(axis=-1) / np.where(total > 0.0, total, 1.0))  # 0 without weight
+def _correlations(columns: Vector, target: Vector) -> Vector:
+    """Rank correlation of each column with the target; 0 where one is constant."""
+    if not len(target):
+        return np.zeros(columns.shape[1])
+    left, right = _ranks(columns), _ranks(target[:, None])
+    size = np.sqrt((left**2).sum(0) * (right**2).sum(0))
+    return np.where(size > 0.0, (left * right).sum(0) / np.where(size > 0.0, size, 1.0), 0.0)
+
+
+def _ranks(columns: Vector) -> Vector:
+    """Ranks of each column less their mean, ties at their mean rank."""
+    order = np.argsort(columns, axis=0, kind="stable")
+    sorted_ = np.take_along_axis(columns, order, 0)
+    count = len(columns)
+    new = np.ones(columns.shape, dtype=bool)
+    new[1:] = sorted_[1:] != sorted_[:-1]
+    places = np.arange(count)[:, None]
+    first = np.maximum.accumulate(np.where(new, places, 0), axis=0)
+    ends = np.ones(columns.shape, dtype=bool)
+    ends[:-1] = new[1:]
+    last = np.minimum.accumulate(np.where(ends, places, count)[::-1], axis=0)[::-1]
+    ranks = np.empty(columns.shape)
+    np.put_along_axis(ranks, order, 0.5 * (first + last), 0)
+    return np.asarray(ranks - 0.5 * (count - 1))
 
 
 def build_reference(
@@ -220,7 +271,7 @@ def build_reference(
         global_state: the public global model.
         sample: shape of one input, without the batch; found by trying where left out.
         folder: where references are kept, by digest of the architecture; none where left out.
-        patience: seconds that the synthetic rounds may take, judged by a first one.
+        patience: seconds that the rehearsals may take, judged by a first one.
 
     Returns:
         The reference; the same for the same arguments.
@@ -264,17 +315,11 @@ def _kept_or_built(
         msg = "there is no copy, or no input that it takes"
         raise ModelError(msg)
     _require_patience(copied.module, shape, patience)
-    reference = _renamed(_build(copied.module, shape, generator), copied.names)
+    reference = _build(copied.module, shape, generator, copied.names)
     if cache is not None:
         cache.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         replace_file(cache, _written(reference))
     return reference
-
-
-def _renamed(reference: Reference, names: Mapping[str, str]) -> Reference:
-    """Name the tensors as the global state does, so that its updates find them."""
-    places = {names.get(own, own): found for own, found in reference.places.items()}
-    return replace(reference, places=places)
 
 
 def _require_patience(module: nn.Module, shape: Sequence[int], patience: float) -> None:
@@ -284,14 +329,10 @@ def _require_patience(module: nn.Module, shape: Sequence[int], patience: float) 
     start = time.perf_counter()
     local_round(module, inside, torch.zeros(2, dtype=torch.int64), Spec(2, 2))
     seconds = (time.perf_counter() - start) / 2
-    passes = sum(
-        spec.records * spec.epochs * repeats
-        for specs in (SINGLE, FEW, *(specs for m in MODES for specs in (m.single, m.ordinary)))
-        for spec, repeats in _fewer(specs, _is_large(module))
-    )
-    if seconds * passes > patience and seconds > SLOW:
+    planned = seconds * passes(module, shape)
+    if planned > patience and seconds > SLOW:
         msg = (
-            f"the synthetic rounds of this model would take about {seconds * passes:.0f} seconds, "
+            f"the synthetic rounds of this model would take about {planned:.0f} seconds, "
             f"more than the {patience:.0f} allowed; give more `patience`, or score without a "
             "reference"
         )
@@ -302,157 +343,112 @@ def _digest(model: nn.Module, state: Mapping[str, Tensor]) -> str:
     """SHA-256 over what the model is made of, without any value."""
     with foreign():
         shown = repr(model)
-    text = json.dumps([FEATURE_VERSION, RELATIVE, repr(MODES), shown, structure_of(state)])
+    text = json.dumps([FORMAT, FEATURE_VERSION, REHEARSED, shown, structure_of(state)])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _build(module: nn.Module, shape: Sequence[int], generator: torch.Generator) -> Reference:
-    large = _is_large(module)
+def _build(
+    module: nn.Module,
+    shape: Sequence[int],
+    generator: torch.Generator,
+    names: Mapping[str, str],
+) -> Reference:
+    rehearsals = list(rehearse(module, shape, generator))
+    with torch.no_grad():
+        sample = records(2, shape, generator, tokens=vocabulary(module))
+    read = [
+        names.get(weight, weight)
+        for name, part, _ in reached(module, sample)
+        if isinstance(part, nn.Linear) and (weight := entry_name(name, "weight"))
+    ]
+    return learned(rehearsals, read, names)
 
-    def rounds(specs: Specs, columns: Columns | None = None) -> list[Round]:
-        return list(_rounds(module, shape, _fewer(specs, large), generator, columns))
 
-    single, few = rounds(SINGLE), rounds(FEW)
-    found = []
-    for mode in MODES:
-        if mode in BASE:
-            found.append((single, few, rounds(mode.ordinary)))
-        elif not mode.raw:
-            found.append((rounds(mode.single), [], rounds(mode.ordinary)))
-        elif _is_row(module, shape):
-            columns = Columns.drawn(shape[0], generator)
-            found.append((rounds(mode.single, columns), [], rounds(mode.ordinary, columns)))
-        else:
-            found.append(([], [], []))
-    leaks = [[leak for _, leak in many if leak is not None] for _, _, many in found[: len(BASE)]]
+def learned(
+    rehearsals: Sequence[Rehearsal], read: Sequence[str], names: Mapping[str, str] | None = None
+) -> Reference:
+    """Learn a reference from rehearsals.
+
+    Args:
+        rehearsals: synthetic rounds of one model.
+        read: weights of its dense layers with a bias, in the order they are reached.
+        names: name in the copy that was rehearsed with -> name in the global state; alike where
+            left out.
+
+    Returns:
+        A reference of the tensors that tell most.
+    """
+    seen = sorted({entry.names[0] for one in rehearsals for entry in one.measured})
+    place = {name: index for index, name in enumerate(seen)}
+    values = np.full((len(rehearsals), len(seen), len(FEATURES)), np.nan)
+    for index, one in enumerate(rehearsals):
+        for entry in one.measured:
+            values[index, place[entry.names[0]]] = entry.vector
+    leaks = np.array([one.leaks for one in rehearsals], dtype=np.float64)
+    counts = np.array([one.spec.records for one in rehearsals], dtype=np.float64)
+    noise = np.array([one.noise for one in rehearsals], dtype=np.float64)
+    renamed = [(names or {}).get(name, name) for name in seen]
+    chosen = _telling(values, leaks, [name in read for name in renamed])
+    kept = values[:, chosen].astype(np.float16)  # as it is kept on disk
     return Reference(
-        places=places([(_features(a), _features(b), _features(c)) for a, b, c in found]),
-        floor=max((float(np.mean(mode)) for mode in leaks if mode), default=0.0),
+        tensors=tuple(renamed[index] for index in chosen),
+        read=tuple(read),
+        rounds=kept.astype(np.float64),
+        leakage=leaks,
+        records=counts,
+        noise=noise,
+        floor=_floor(rehearsals),
     )
 
 
-def _is_row(module: nn.Module, shape: Sequence[int]) -> bool:
-    return len(shape) == 1 and vocabulary(module) is None
+def _floor(rehearsals: Sequence[Rehearsal]) -> float:
+    """Mean leakage of rehearsals of many records, in the worst style and way to train."""
+    found: dict[tuple[str, bool, bool], list[float]] = {}
+    for one in rehearsals:
+        if one.spec.records >= MANY and not one.noise:
+            way = (one.style, one.spec.epochs == 1, one.spec.adam)
+            found.setdefault(way, []).append(one.leaks)
+    return max((float(np.mean(leaks)) for leaks in found.values()), default=0.0)
 
 
-def _is_large(module: nn.Module) -> bool:
-    return sum(value.numel() for value in module.parameters()) > LARGE
+def _telling(values: Vector, leaks: Vector, read: Sequence[bool]) -> list[int]:
+    """Places of the tensors that tell most, and of those that are read."""
+    filled = np.where(np.isfinite(values), values, 0.0).reshape(len(values), -1)
+    weight = _correlations(filled, leaks).reshape(values.shape[1:])
+    order = np.argsort(-((weight**2).sum(1) + 100.0 * np.asarray(read)), kind="stable")
+    return sorted(order[:MOST_TENSORS].tolist())
 
 
-def _features(rounds: Sequence[tuple[Features, float | None]]) -> list[Features]:
-    return [features for features, _ in rounds]
-
-
-def _fewer(specs: Specs, large: bool) -> Specs:  # noqa: FBT001  # private
-    """For a large model: fewer repeats, and of the ordinary rounds only the smallest size."""
-    if not large:
-        return specs
-    most = max(specs[0][0].records, MANY // 8)
-    return tuple((spec, min(count, 3)) for spec, count in specs if spec.records <= most)
-
-
-Features = dict[str, list[float]]
-Round = tuple[Features, float | None]
-
-
-def _rounds(
-    module: nn.Module,
-    shape: Sequence[int],
-    specs: Specs,
-    generator: torch.Generator,
-    columns: Columns | None = None,
-) -> Iterator[tuple[Features, float | None]]:
-    """Yield features and measured leakage of synthetic rounds, in order; diverged ones not."""
-    tokens = vocabulary(module)
-    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    for spec, repeats in specs:
-        for _ in range(repeats):
-            if columns is None:
-                inside = records(spec.records, shape, generator, tokens=tokens)
-                outside = records(OUTSIDERS, shape, generator, tokens=tokens)
-            else:
-                inside = columns.draw(spec.records, generator)
-                outside = columns.draw(OUTSIDERS, generator)
-            labels = drawn_labels(module, inside, generator, likely=spec.records >= MANY)
-            deltas = _finite_round(module, inside, labels, spec)
-            if deltas is None:
-                continue
-            found = {entry.names[0]: entry.vector for entry in update_features(deltas, generator)}
-            yield found, measured_leakage(module, state, deltas, inside, outside)
-
-
-def _finite_round(
-    module: nn.Module, inside: Tensor, labels: Tensor, spec: Spec
-) -> dict[str, Tensor] | None:
-    """Train, more and more gently where it diverges; None where it always does."""
-    for gentler in (1.0, 0.1, 0.01):
-        milder = replace(spec, rate=spec.rate * gentler)
-        deltas = local_round(module, inside, labels, milder)
-        if all(bool(delta.abs().amax() < DIVERGED) for delta in deltas.values() if delta.numel()):
-            return deltas
-    return None
-
-
-def places(
-    modes: Sequence[tuple[Sequence[Features], Sequence[Features], Sequence[Features]]],
-) -> dict[str, tuple[Place, ...]]:
-    """Locate each tensor's features between ordinary and revealing rounds.
-
-    Args:
-        modes: per mode tensor name -> features of each round of a single record, of few records
-            and of many.
-
-    Returns:
-        Tensor name -> one place per mode; a tensor that moved in too few rounds is left out.
-    """
-    found = {}
-    for name in sorted({name for features in modes[0][0] for name in features}):
-        if len(_stacked(modes[0][0], name)) > 1:
-            found[name] = tuple(
-                _place(_stacked([*alone, *few], name), _stacked(alone, name), _stacked(many, name))
-                for alone, few, many in modes
-            )
-    return found
-
-
-def _stacked(rounds: Sequence[Features], name: str) -> Vector:
-    return np.array([features[name] for features in rounds if name in features])
-
-
-def _place(few: Vector, single: Vector, many: Vector) -> Place:
-    if len(many) <= 2 or len(single) <= 1:  # noqa: PLR2004  # no spread can be told: says nothing
-        nothing = np.zeros(len(FEATURES))
-        return Place(nothing, nothing, nothing)
-    ordinary = np.median(many, axis=0)
-    gap = np.median(single, axis=0) - ordinary
-    scatter = np.sqrt(many.var(axis=0) + 0.5 * few.var(axis=0) + NOISE**2)
-    weight = (few - ordinary).mean(axis=0) * _FEWER / scatter
-    told = (gap * _FEWER > LEAST_GAP) & (weight > LEAST_WEIGHT)
-    return Place(ordinary, gap, np.where(told, np.minimum(weight, MOST_WEIGHT), 0.0))
+_ARRAYS = ("rounds", "leakage", "records", "noise")
 
 
 def _written(reference: Reference) -> bytes:
-    rows = {
-        name: [[p.ordinary.tolist(), p.gap.tolist(), p.weight.tolist()] for p in found]
-        for name, found in reference.places.items()
-    }
-    return json.dumps({"floor": reference.floor, "places": rows}, allow_nan=False).encode()
+    arrays = {name: getattr(reference, name) for name in _ARRAYS}
+    arrays["rounds"] = np.ascontiguousarray(arrays["rounds"], dtype=np.float16)
+    known = {"tensors": reference.tensors, "read": reference.read, "floor": reference.floor}
+    return bytes(save_arrays(arrays, {"reference": json.dumps(known, allow_nan=False)}))
 
 
 def _read(path: Path) -> Reference | None:
     """Return a kept reference; None where there is none that can be used: it is built again."""
     try:
-        data = json.loads(path.read_bytes())
-        found = {
-            str(name): tuple(Place(*np.asarray(rows, dtype=np.float64)) for rows in modes)
-            for name, modes in data["places"].items()
-        }
-        floor = float(data["floor"])
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return _parsed(path.read_bytes())
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError):
         return None
-    fitting = all(
-        len(modes) == len(MODES)
-        and all(np.isfinite(p.weight).all() and p.gap.shape == (len(FEATURES),) for p in modes)
-        for modes in found.values()
+
+
+def _parsed(data: bytes) -> Reference | None:
+    size = int.from_bytes(data[:8], "little")
+    known = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["reference"])
+    arrays = {name: value.astype(np.float64) for name, value in load_arrays(data).items()}
+    tensors, read = (tuple(map(str, known[name])) for name in ("tensors", "read"))
+    count = len(arrays["leakage"])
+    fitting = arrays["rounds"].shape == (count, len(tensors), len(FEATURES)) and all(
+        arrays[name].shape == (count,) and np.isfinite(arrays[name]).all() for name in _ARRAYS[1:]
     )
-    return Reference(found, floor) if fitting and 0.0 <= floor <= 1.0 else None
+    bounded = bool(((arrays["leakage"] >= 0.0) & (arrays["leakage"] <= 1.0)).all())
+    floor = float(known["floor"])
+    if not (fitting and bounded and (arrays["records"] >= 1.0).all() and 0.0 <= floor <= 1.0):
+        return None
+    rounds, leakage, counts, noise = (arrays[name] for name in _ARRAYS)
+    return Reference(tensors, read, rounds, leakage, counts, noise, floor)

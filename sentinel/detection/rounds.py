@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sentinel.detection.layers import bias_name, entry_name
-from sentinel.detection.readout import candidates, leakage
+from sentinel.detection.readout import NEAR, candidates, leakage, token_leakage
 from sentinel.detection.synthetic import foreign, run, undisturbed
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class Spec:
         epochs: passes over the records.
         rate: learning rate.
         adam: Adam instead of plain SGD.
+        momentum: share of the last step that SGD takes again.
     """
 
     records: int
@@ -35,6 +36,7 @@ class Spec:
     epochs: int = 1
     rate: float = 0.05
     adam: bool = False
+    momentum: float = 0.0
 
 
 def loss_of(output: Tensor, labels: Tensor, records: Tensor) -> Tensor:
@@ -118,7 +120,7 @@ def local_round(module: nn.Module, records: Tensor, labels: Tensor, spec: Spec) 
     """
     start = {name: value.detach() for name, value in module.named_parameters()}
     now = {name: value.clone().requires_grad_() for name, value in start.items()}
-    step = _Adam(spec.rate) if spec.adam else _Sgd(spec.rate)
+    step = _Adam(spec.rate) if spec.adam else _Sgd(spec.rate, spec.momentum)
     for _ in range(spec.epochs):
         for first in range(0, len(records), spec.batch):
             rows = records[first : first + spec.batch]
@@ -134,12 +136,17 @@ def local_round(module: nn.Module, records: Tensor, labels: Tensor, spec: Spec) 
 
 
 class _Sgd:
-    """Plain gradient descent."""
+    """Gradient descent, plain or with momentum as PyTorch has it."""
 
-    def __init__(self, rate: float) -> None:
-        self._rate = rate
+    def __init__(self, rate: float, momentum: float = 0.0) -> None:
+        self._rate, self._momentum = rate, momentum
+        self._last: dict[str, Tensor] = {}
 
-    def __call__(self, _name: str, value: Tensor, grad: Tensor) -> None:
+    def __call__(self, name: str, value: Tensor, grad: Tensor) -> None:
+        if self._momentum:
+            last = self._last.get(name)
+            grad = grad if last is None else grad.add(last, alpha=self._momentum)
+            self._last[name] = grad
         value.sub_(grad, alpha=self._rate)
 
 
@@ -159,21 +166,25 @@ class _Adam:
         value.sub_(first / size, alpha=self._rate / (1.0 - 0.9**steps))
 
 
-def dense_input(module: nn.Module, records: Tensor) -> tuple[str, Tensor] | None:
-    """Return the first dense layer with a bias that is reached, and what reaches it, [n, d]."""
-    seen: list[tuple[str, Tensor]] = []
+def reached(module: nn.Module, records: Tensor) -> list[tuple[str, nn.Module, Tensor]]:
+    """Return the dense layers with a bias and the embeddings in the order they are reached.
 
-    def watch(name: str, part: nn.Linear) -> torch.utils.hooks.RemovableHandle:
+    Returns:
+        Name, layer, and what reaches it, [n, ...]; a layer once, as it is first reached.
+    """
+    seen: dict[str, tuple[nn.Module, Tensor]] = {}
+
+    def watch(name: str, part: nn.Module) -> torch.utils.hooks.RemovableHandle:
         def remember(_part: nn.Module, args: tuple[object, ...]) -> None:
             if args and isinstance(args[0], Tensor):
-                seen.append((name, args[0].detach()))
+                seen.setdefault(name, (part, args[0].detach()))
 
         return part.register_forward_pre_hook(remember)
 
     handles = [
         watch(name, part)
         for name, part in module.named_modules()
-        if isinstance(part, nn.Linear) and part.bias is not None
+        if isinstance(part, nn.Embedding) or (isinstance(part, nn.Linear) and part.bias is not None)
     ]
     try:
         with torch.no_grad():
@@ -181,10 +192,89 @@ def dense_input(module: nn.Module, records: Tensor) -> tuple[str, Tensor] | None
     finally:
         for handle in handles:
             handle.remove()
-    if not seen:
-        return None
-    name, values = seen[0]
-    return name, values.reshape(-1, values.shape[-1])
+    return [(name, part, values) for name, (part, values) in seen.items()]
+
+
+def dense_input(module: nn.Module, records: Tensor) -> tuple[str, Tensor] | None:
+    """Return the first dense layer with a bias that is reached, and what reaches it, [n, d]."""
+    for name, part, values in reached(module, records):
+        if isinstance(part, nn.Linear):
+            return name, _rows(values)
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Readable:
+    """What linear read-out of a model is measured by: the true inputs of its first layers.
+
+    Attributes:
+        dense: name of each dense layer with a bias in the order they are reached, its inputs by the
+            records behind an update and by others, [n, d] each (a sequence gives one row per
+            place).
+        tokens: the same of the first embedding, [n, places] each; None without one.
+    """
+
+    dense: tuple[tuple[str, Tensor, Tensor], ...]
+    tokens: tuple[str, Tensor, Tensor] | None
+
+    @classmethod
+    def of(cls, module: nn.Module, inside: Tensor, outside: Tensor) -> Readable:
+        """Run a copy on the records behind an update and on others that were not used."""
+        own, others = reached(module, inside), reached(module, outside)
+        dense, tokens = [], None
+        for (name, part, values), (_, _, rest) in zip(own, others, strict=True):
+            if isinstance(part, nn.Embedding):
+                tokens = tokens or (name, values.flatten(1), rest.flatten(1))
+            else:
+                dense.append((name, _rows(values), _rows(rest)))
+        return cls(tuple(dense), tokens)
+
+    def leakage(
+        self, state: Mapping[str, Tensor], deltas: Mapping[str, Tensor], within: float = NEAR
+    ) -> float | None:
+        """Return the share of the records that linear read-out of an update gives away.
+
+        Args:
+            state: the global state.
+            deltas: the update.
+            within: distance that counts as read, see `readout.leakage`.
+
+        Returns:
+            0 to 1, the larger share of the embedding and of the first dense layer that moved; None
+            where the model has neither a dense layer with a weight and a bias of its own nor an
+            embedding.
+        """
+        found = [self._by_dense(state, deltas, within), self._by_tokens(deltas, within)]
+        told = [share for share in found if share is not None]
+        return max(told) if told else None
+
+    def _by_dense(
+        self, state: Mapping[str, Tensor], deltas: Mapping[str, Tensor], within: float
+    ) -> float | None:
+        found = None
+        for name, inside, outside in self.dense:
+            weight = entry_name(name, "weight")
+            bias = bias_name(weight)
+            if not {weight, bias} <= state.keys() & deltas.keys():  # parametrized: it has others
+                continue
+            if bool(deltas[bias].any()):
+                norms = state[weight].float().norm(dim=1).clamp_min(1e-12)
+                thresholds = state[bias].float() / norms
+                guesses = candidates(deltas[weight], deltas[bias], thresholds)
+                return leakage(guesses, inside, outside, within)
+            found = 0.0
+        return found
+
+    def _by_tokens(self, deltas: Mapping[str, Tensor], within: float) -> float | None:
+        if self.tokens is None:
+            return None
+        name, inside, outside = self.tokens
+        weight = entry_name(name, "weight")
+        return token_leakage(deltas[weight], inside, outside, within) if weight in deltas else None
+
+
+def _rows(values: Tensor) -> Tensor:
+    return values.reshape(-1, values.shape[-1])
 
 
 def measured_leakage(
@@ -194,7 +284,7 @@ def measured_leakage(
     inside: Tensor,
     outside: Tensor,
 ) -> float | None:
-    """Return the share of the records that linear read-out of the first dense layer gives away.
+    """Return the share of the records that linear read-out of the first layers gives away.
 
     Args:
         module: the copy that the update was computed with.
@@ -204,17 +294,6 @@ def measured_leakage(
         outside: records that were not used: what is read of them is met by chance.
 
     Returns:
-        0 to 1, or None where the model has no dense layer with a weight and a bias of its own.
+        0 to 1, or None: see `Readable.leakage`.
     """
-    reached = dense_input(module, inside)
-    other = dense_input(module, outside)
-    if reached is None or other is None:
-        return None
-    weight = entry_name(reached[0], "weight")
-    bias = bias_name(weight)
-    if not {weight, bias} <= state.keys() & deltas.keys():  # a parametrized layer has others
-        return None
-    norms = state[weight].float().norm(dim=1).clamp_min(1e-12)
-    thresholds = state[bias].float() / norms
-    guesses = candidates(deltas[weight], deltas[bias], thresholds)
-    return leakage(guesses, reached[1], other[1])
+    return Readable.of(module, inside, outside).leakage(state, deltas)

@@ -6,30 +6,25 @@ It looks at the update alone. With a reference it is expressed relative to the m
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import torch
 
-from sentinel.detection.bundle import (
-    UPDATE_SENSITIVITY,
-    Detector,
-    interpolated,
-    load_detector,
-)
-from sentinel.detection.features import FEATURES, Measured, update_features
-from sentinel.detection.reference import Place, Reference
+from sentinel.detection.bundle import UPDATE_SENSITIVITY, Detector, interpolated, load_detector
+from sentinel.detection.clues import clues, resembling
+from sentinel.detection.features import Measured, update_features
 from sentinel.update import Update
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor
 
+    from sentinel.detection.reference import Reference
+
 SEED = 11
-LEAST_RANK = 13  # below it, pooled features of rank compare what cannot be compared
-LEAST_ANOMALY = 1e-3  # where even one record would be ordinary, nothing is divided by nothing
 # Where nothing tells few records from many. High, because the update may well be of one record;
 # below .5, from which the shipped policies tighten, because it is no evidence of that either.
 BLIND = 0.45
@@ -85,47 +80,50 @@ def score_update(
     deltas = update.deltas if isinstance(update, Update) else update
     learned = detector or load_detector(UPDATE_SENSITIVITY)
     measured = update_features(deltas, torch.Generator().manual_seed(SEED))
+    sharpness: Sharpness = "generic" if reference is None else "reference"
+    floor = learned.manifest.floor if reference is None else reference.floor
     per_tensor = dict.fromkeys(deltas, 0.0)
-    chosen = reference if reference is not None else generic(learned, measured)
     if not measured:
-        return SensitivityScore(0.0, per_tensor, chosen.sharpness)
-    overall, *singly = _shares(chosen, measured, learned)
+        return SensitivityScore(0.0, per_tensor, sharpness)
+    whole = estimate(learned, measured, reference)
+    singly = _singly(learned, measured, reference)
     for entry, score in zip(measured, singly, strict=True):
         per_tensor.update(dict.fromkeys(entry.names, BLIND if score is None else score))
-    if overall is None and chosen.floor <= BLIND:
+    if whole is None and floor <= BLIND:
         return SensitivityScore(BLIND, per_tensor, "blind")
-    return SensitivityScore(max(overall or 0.0, chosen.floor), per_tensor, chosen.sharpness)
+    return SensitivityScore(max(whole or 0.0, floor), per_tensor, sharpness)
 
 
-def _shares(
-    reference: Reference, measured: list[Measured], detector: Detector
-) -> list[float | None]:
-    """Overall, then per tensor, in one call of the detector; the calmest mode counts.
+def estimate(
+    detector: Detector, measured: Sequence[Measured], reference: Reference | None
+) -> float | None:
+    """Estimate the share of the records that could be read; None where nothing tells."""
+    seen = clues(measured, reference)
+    if reference is None:
+        known = any(entry.rank > 1 for entry in measured)
+        return detector.generic([seen.tolist()])[0] if known else None
+    alike = resembling(seen)
+    if alike is None:
+        return None
+    joint = joined(detector.leakage([seen.tolist()])[0], alike)
+    return interpolated(joint, detector.manifest.knots)
 
-    None where no mode tells anything. What one record would be is alike for most tensors, so the
-    same vector is judged once.
+
+def joined(learned: float, alike: float) -> float:
+    """Join what the forest estimates with what leaked from the rehearsals that are alike.
+
+    A geometric mean: where no rehearsal that the update resembles leaked anything, neither does it.
     """
-    per_tensor, overall = reference.relative(measured)
-    groups = [overall, *per_tensor]
-    asked = [[[tuple(row) for row in pair.tolist()] for pair in group] for group in groups]
-    vectors = list(dict.fromkeys(row for group in asked for pair in group for row in pair))
-    anomaly = dict(zip(vectors, detector.anomaly(vectors) if vectors else (), strict=True))
-    calmest = [
-        min((share_of_single(anomaly[own], anomaly[one]) for own, one in group), default=None)
-        for group in asked
-    ]
-    knots = detector.manifest.knots
-    return [None if share is None else interpolated(share, knots) for share in calmest]
+    return math.sqrt(max(learned, 0.0) * max(alike, 0.0))
 
 
-def share_of_single(anomaly: float, single: float) -> float:
-    """Return the anomaly as a share of what one record's would be on the same model."""
-    return anomaly / max(single, LEAST_ANOMALY)
-
-
-def generic(detector: Detector, measured: list[Measured]) -> Reference:
-    """Return the pooled reference of the bundle, the same place for every tensor."""
-    rows = np.array([detector.manifest.generic[name] for name in FEATURES])  # [features, modes*3]
-    modes = tuple(Place(*part.T) for part in np.split(rows, rows.shape[1] // 3, axis=1))
-    places = {entry.names[0]: modes for entry in measured if entry.rank >= LEAST_RANK}
-    return Reference(places, detector.manifest.floor, sharpness="generic")
+def _singly(
+    detector: Detector, measured: Sequence[Measured], reference: Reference | None
+) -> list[float | None]:
+    """Estimate from each tensor alone; None where it tells nothing."""
+    if reference is not None:
+        return [reference.single(entry) for entry in measured]
+    told = [entry for entry in measured if entry.rank > 1]
+    rows = [clues([entry], None).tolist() for entry in told]
+    found = dict(zip((entry.names for entry in told), detector.generic(rows), strict=True))
+    return [found.get(entry.names) for entry in measured]

@@ -14,7 +14,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sentinel.detection import score_update
 from sentinel.detection.features import FEATURES, update_features
-from sentinel.detection.survey import FAINT, FLOOR, MOST_ROWS, MOST_VALUES, SKETCH, TWIN
+from sentinel.detection.survey import (
+    COMPANY,
+    FAINT,
+    FLOOR,
+    MOST_ROWS,
+    MOST_VALUES,
+    SKETCH,
+    TWIN,
+)
 from sentinel.errors import Withheld
 from sentinel.terms import Reason
 
@@ -55,6 +63,34 @@ def moments(values: Tensor) -> dict[str, float]:
     }
 
 
+def outside(sketch: Tensor, top: int) -> float:
+    """Share of the energy outside so many fixed random directions of the smaller side."""
+    side = sketch if len(sketch) >= sketch.shape[1] else sketch.T
+    size = side.shape[1]
+    turn = linalg.qr(torch.randn(size, size, generator=seeded(size), dtype=torch.float64))[0]
+    basis, values, _ = linalg.svd(side @ turn[:, :top], full_matrices=False)
+    basis = basis[:, values > 1e-9 * values.max()]
+    rest = side - basis @ (basis.T @ side)
+    return share(rest.square().sum() / side.square().sum())
+
+
+def company(rows: Tensor, bias: Tensor) -> dict[str, float]:
+    """How near guesses at records are to one another, pair by pair."""
+    told = bias.abs() > FAINT * bias.abs().max()
+    guesses = rows[told] / bias[told][:, None]
+    if len(guesses) < 2:
+        return {}
+    apart = (guesses[:, None] - guesses[None]).norm(dim=2).fill_diagonal_(math.inf).amin(1)
+    near = apart / guesses.norm(dim=1)
+    aside = apart / (guesses - guesses.median(0).values).norm(dim=1).clamp_min(1e-15)
+    found = {name: float((near < most).double().mean()) for name, most in COMPANY.items()}
+    found["aside_30"] = float((aside < 0.3).double().mean())
+    logs = {"close": near, "aside": aside}
+    return found | {
+        name: float(values.clamp(3e-3, 10.0).log10().mean()) for name, values in logs.items()
+    }
+
+
 def plain(weight: Tensor, bias: Tensor | None, generator: torch.Generator) -> list[float]:
     """The features of one matrix, straight from their definitions in float64."""
     matrix = weight.double().reshape(len(weight), -1)
@@ -67,28 +103,33 @@ def plain(weight: Tensor, bias: Tensor | None, generator: torch.Generator) -> li
     loud = energy.sqrt() > FAINT * energy.max().sqrt()
     sample = matrix[energy.topk(min(rows, MOST_ROWS, max(8, MOST_VALUES // columns))).indices]
     across = sample.square().sum(0)
-    values = linalg.svdvals(sketch).square()
-    shares = values / values.sum()
+    shares = linalg.svdvals(sketch).square()
+    shares = shares / shares.sum()
     found = moments(sample) | {
-        "rank": float(-(shares * shares.clamp_min(1e-30).log10()).sum()),
+        "rank": -math.log10(float(shares.square().sum())),
         "faint_rows": 1.0 - float(loud.double().mean()),
         "row_spread": spread(energy),
         "column_spread": spread(across),
         "faint_columns": float((across.sqrt() <= FAINT * across.max().sqrt()).double().mean()),
     }
     for top in (1, 4, 16):
-        found[f"tail_{top}"] = share(shares[top:].sum()) if top < min(rows, columns) else 0.0
+        found[f"tail_{top}"] = outside(sketch, top) if top < min(rows, columns) else 0.0
     if bias is not None:
         direction = bias.double() / bias.double().norm()
         found["unexplained"] = share(1 - (direction @ matrix).square().sum() / energy.sum())
         beside = math.sqrt(sketch.shape[1]) * bias.double()[:, None]
         sketch = torch.cat([sketch, beside], dim=1)
+        places = energy.topk(min(rows, MOST_ROWS)).indices
+        found |= company(sketch[places][:, :-1], bias.double()[places])
     chosen = sketch[energy.topk(min(rows, MOST_ROWS)).indices]
     chosen = chosen[loud[energy.topk(min(rows, MOST_ROWS)).indices]]
     units = chosen / chosen.norm(dim=1, keepdim=True)
     cosines = (units @ units.T).abs().fill_diagonal_(0.0)
     found["twins"] = float((cosines.amax(1) > 1 - TWIN).double().mean()) if len(units) > 1 else 0.0
     return [found.get(name, 0.0) for name in FEATURES]
+
+
+BLURRED = (*COMPANY, "aside_30", "close", "aside")  # distances are taken in float32
 
 
 SHAPES: tuple[Shape, ...] = (
@@ -134,7 +175,9 @@ def require_alike(deltas: Mapping[str, Tensor], within: float = 1e-5) -> None:
     found = {entry.names[0]: entry.vector for entry in update_features(deltas, seeded(1))}
     assert list(found) == list(expected)
     for name, vector in found.items():
-        assert vector == pytest.approx(expected[name], abs=within), name
+        blurred = [within if key not in BLURRED else max(within, 0.02) for key in FEATURES]
+        for value, meant, most in zip(vector, expected[name], blurred, strict=True):
+            assert value == pytest.approx(meant, abs=most), name
 
 
 @pytest.fixture(params=[1, 3])
@@ -148,7 +191,9 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_tensors_measured_together_have_the_features_of_each_alone(dtype: torch.dtype) -> None:
-    require_alike(update(lambda value: value.to(dtype)))
+    # What 16 bits leave beside a low rank is close to the floor: the sketch is summed in float32.
+    within = 1e-5 if dtype in {torch.float64, torch.float32} else 5e-3
+    require_alike(update(lambda value: value.to(dtype)), within)
 
 
 @pytest.mark.usefixtures("threads")

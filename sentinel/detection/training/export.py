@@ -20,6 +20,7 @@ from sentinel.detection.bundle import (
     ANOMALY,
     CARD,
     INPUT,
+    LEAKAGE,
     MANIFEST,
     MODEL,
     RECIPE,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
-    from sklearn.ensemble import IsolationForest
+    from sklearn.ensemble import ExtraTreesRegressor, IsolationForest
 
 OPSETS = {"": 17, "ai.onnx.ml": 3}
 LIBRARIES = ("numpy", "onnx", "pyod", "scikit-learn", "skl2onnx", "torch")
@@ -101,14 +102,27 @@ def _forest(fitted: IForest) -> Any:  # noqa: ANN401  # onnx has no types
 
 def _trees(forest: IsolationForest) -> dict[str, Any]:
     """Lists over the nodes of all trees; a leaf weighs the length of its path."""
+    grown, weights = [], []
+    for one, chosen in zip(forest.estimators_, forest.estimators_features_, strict=True):
+        tree = one.tree_
+        depths = np.asarray(tree.compute_node_depths())  # the root's is 1
+        grown.append((tree, chosen))
+        weights.append(depths - 1.0 + _average_path_length(tree.n_node_samples))
+    return _nodes(grown, weights)
+
+
+def _nodes(
+    grown: list[tuple[Any, NDArray[Any]]], weights: list[NDArray[Any]]
+) -> dict[str, list[Any]]:
+    """Lists over the nodes of all trees.
+
+    Args:
+        grown: trees, each with the places of its features among the columns.
+        weights: of each node, where it is a leaf.
+    """
     branches: dict[str, list[Any]] = {f"nodes_{name}": [] for name in _BRANCH}
     leaves: dict[str, list[Any]] = {f"target_{name}": [] for name in _LEAF}
-    for number, (grown, chosen) in enumerate(
-        zip(forest.estimators_, forest.estimators_features_, strict=True)
-    ):
-        tree = grown.tree_
-        beyond = _average_path_length(tree.n_node_samples)
-        depths = tree.compute_node_depths()  # the root's is 1
+    for number, ((tree, chosen), weight) in enumerate(zip(grown, weights, strict=True)):
         for node, (left, right) in enumerate(
             zip(tree.children_left, tree.children_right, strict=True)
         ):
@@ -125,8 +139,7 @@ def _trees(forest: IsolationForest) -> dict[str, Any]:
             for name, value in zip(branches, row, strict=True):
                 branches[name].append(value)
             if is_leaf:
-                length = float(depths[node] - 1.0 + beyond[node])
-                for name, value in zip(leaves, (number, node, 0, length), strict=True):
+                for name, value in zip(leaves, (number, node, 0, float(weight[node])), strict=True):
                     leaves[name].append(value)
     return {**branches, **leaves}
 
@@ -176,6 +189,61 @@ def _converted(fitted: Any, features: int) -> Any:  # noqa: ANN401  # pyod has n
         helper.make_tensor_value_info(ANOMALY, TensorProto.FLOAT, [None, None])
     )
     return graph
+
+
+def with_forest(
+    plain: bytes, forest: ExtraTreesRegressor, features: int, places: list[int]
+) -> bytes:
+    """Join a detector's graph and a forest that sees more into one graph.
+
+    Args:
+        plain: a graph of `to_onnx`; it sees the columns `places`, none of them below 0.
+        forest: fitted on all columns and the detector's anomaly after them.
+        features: how many columns there are.
+        places: what the detector sees.
+
+    Returns:
+        A graph from `features` [n, features] to `anomaly` and to `leakage` [n, 1]: the forest's.
+    """
+    graph = onnx.load_from_string(plain)
+    for node in graph.graph.node:
+        node.input[:] = ["located" if name == INPUT else name for name in node.input]
+    gather = helper.make_node("Gather", [INPUT, "columns"], ["chosen"], axis=1)
+    lift = helper.make_node("Max", ["chosen", "nothing"], ["located"])
+    graph.graph.node.insert(0, lift)
+    graph.graph.node.insert(0, gather)
+    graph.graph.node.append(helper.make_node("Reshape", [ANOMALY, "upright"], ["strange"]))
+    graph.graph.node.append(helper.make_node("Concat", [INPUT, "strange"], ["joined"], axis=1))
+    graph.graph.node.append(
+        helper.make_node(
+            "TreeEnsembleRegressor",
+            ["joined"],
+            [LEAKAGE],
+            domain="ai.onnx.ml",
+            n_targets=1,
+            **_averages(forest),
+        )
+    )
+    graph.graph.initializer.extend(
+        [
+            numpy_helper.from_array(np.array(places, dtype=np.int64), "columns"),
+            numpy_helper.from_array(np.zeros(1, dtype=np.float32), "nothing"),
+            numpy_helper.from_array(np.array([-1, 1], dtype=np.int64), "upright"),
+        ]
+    )
+    del graph.graph.input[:]
+    shape = [None, features]
+    graph.graph.input.append(helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, shape))
+    graph.graph.output.append(helper.make_tensor_value_info(LEAKAGE, TensorProto.FLOAT, [None, 1]))
+    onnx.checker.check_model(graph)
+    return bytes(graph.SerializeToString())
+
+
+def _averages(forest: ExtraTreesRegressor) -> dict[str, Any]:
+    """Lists over the nodes of all trees; a leaf weighs its share of the mean over the trees."""
+    grown = [(tree.tree_, np.arange(forest.n_features_in_)) for tree in forest.estimators_]
+    share = 1.0 / len(grown)
+    return _nodes(grown, [share * tree.value[:, 0, 0] for tree, _ in grown])
 
 
 def library_versions() -> dict[str, str]:

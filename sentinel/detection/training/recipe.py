@@ -25,7 +25,9 @@ class Recipe(BaseModel):
         test_runs: runs to count false alarms on (global-model).
         crafted: crafted models per family to measure detection on (global-model).
         nets: how many of the corpus's architectures (update-sensitivity).
-        repeats: models per architecture and training stage (update-sensitivity).
+        repeats: models per architecture, kind of task and training stage (update-sensitivity).
+        kinds: kinds of task per architecture, from the first (update-sensitivity).
+        stages: training stages, from the first (update-sensitivity).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -37,13 +39,17 @@ class Recipe(BaseModel):
     rounds: int = Field(default=8, ge=1)
     test_runs: int = Field(default=60, ge=2)
     crafted: int = Field(default=60, ge=1)
-    nets: int = Field(default=8, ge=3)
-    repeats: int = Field(default=2, ge=1)
+    nets: int = Field(default=15, ge=3)
+    repeats: int = Field(default=1, ge=1)
+    kinds: int = Field(default=3, ge=1)
+    stages: int = Field(default=3, ge=1)
 
     def quick(self) -> Recipe:
         """Return the same on a small corpus: to see that it works, not for use."""
         small = {"honest_runs": 8, "rounds": 3, "test_runs": 4, "crafted": 1}
-        return self.model_copy(update={**small, "nets": 3, "repeats": 1, "trees": 20})
+        return self.model_copy(
+            update={**small, "nets": 3, "repeats": 1, "trees": 20, "kinds": 1, "stages": 1}
+        )
 
     def text(self, name: str) -> str:
         """Write as TOML."""
