@@ -261,9 +261,9 @@ Written by `sentinel detectors train global-model`; every figure below was measu
 
 What is arithmetic and what is learned: verdict and alarm come from named rules
 (`sentinel/detection/rules.py`) over statistics of each layer, of the change against earlier rounds,
-and of one forward pass of synthetic probes. The learned part is an Isolation Forest (pyod, {trees}
-trees) over the same statistics of {layers} layers of {runs} honest runs; it adds at most .3 to the
-suspicion and raises no alarm by itself.
+and of one forward and one backward pass of synthetic probes. The learned part is an Isolation
+Forest (pyod, {trees} trees) over the same statistics of {layers} layers of {runs} honest runs; it
+adds at most .3 to the suspicion and raises no alarm by itself.
 
 Trained on synthetic tasks only: dense nets, LeNet, strided and normalised convolutional nets and a
 small residual net, from several kinds of first values, at several stages, plain, pruned, noised,
@@ -276,10 +276,11 @@ at hand, once from the state alone. Detected: suspicion of .5 or more.
 
 CARD_TAIL = """## Limits
 
-- Crafted models and honest runs above use the same small architectures as the training. Other
-  architectures, transformers above all, are not measured here.
-- Only the textbook attacks and the variants in the tables are measured. Attacks spread over rounds
-  and learned attacks (the whole net trained to leak) are not, and have no rule.
+- Crafted models and honest runs above use the same small architectures as the training. Others,
+  transformers among them, are measured by `sentinel detectors evaluate global-model`.
+- Only the textbook attacks and the variants in the tables are measured here, each as a first round.
+  Attacks spread over rounds, attacks in a running federation, traps for tokens and learned attacks
+  (the whole net trained to leak) are measured by that command as well.
 - Rounds of one run resemble one another: read the count of runs, not only of rounds.
 - An attack that keeps to one layer type without a bias, or hides behind an unusual activation, has
   no rule here. Sanitizing must not depend on this detector.
