@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    Vectors = Sequence[Sequence[float]] | NDArray[np.float64]
+
 MOST_AT_ONCE = 256  # vectors that one thread hands to the model
 UPDATE_SENSITIVITY: Final = "update-sensitivity"
 GLOBAL_MODEL: Final = "global-model"
@@ -110,7 +112,7 @@ class Detector:
         """
         return self._scored(vectors, ANOMALY)
 
-    def leakage(self, vectors: Sequence[Sequence[float]]) -> list[float]:
+    def leakage(self, vectors: Vectors) -> list[float]:
         """Return the leakage that the model estimates for each vector, as it is.
 
         Raises:
@@ -118,11 +120,11 @@ class Detector:
         """
         return self._scored(vectors, LEAKAGE)
 
-    def generic(self, vectors: Sequence[Sequence[float]]) -> list[float]:
+    def generic(self, vectors: Vectors) -> list[float]:
         """Return what the manifest's map for updates without a reference makes of it, 0 to 1."""
         return [interpolated(x, self.manifest.generic_knots) for x in self.leakage(vectors)]
 
-    def _scored(self, vectors: Sequence[Sequence[float]], output: str) -> list[float]:
+    def _scored(self, vectors: Vectors, output: str) -> list[float]:
         batch = np.asarray(vectors, dtype=np.float32).reshape(-1, len(self.manifest.features))
         pieces = np.array_split(batch, math.ceil(len(batch) / MOST_AT_ONCE) or 1)
         found = share_out(pieces, lambda: functools.partial(self._run, output))
@@ -173,8 +175,27 @@ def load_detector(name: str, *, folder: Path | None = None) -> Detector:
     if name not in EXPECTED:
         msg = f"no detector is called {name!r}; there are {', '.join(EXPECTED)}"
         raise MisuseError(msg)
+    place = (folder or bundled("detectors")) / name
     try:
-        place = (folder or bundled("detectors")) / name
+        seen = tuple(_as_it_lies(place / file) for file in (MANIFEST, MODEL, CARD, RECIPE))
+    except OSError as error:
+        raise _unavailable(name, "is missing or its files cannot be read") from error
+    return _loaded(name, place, seen)
+
+
+def _as_it_lies(path: Path) -> tuple[int, ...]:
+    """What is another number as soon as a file is written to, replaced or touched."""
+    found = path.stat()
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+@functools.lru_cache(maxsize=8)
+def _loaded(name: str, place: Path, _seen: tuple[tuple[int, ...], ...]) -> Detector:
+    """Read and check a bundle; done once, as long as its files lie as they did.
+
+    What is kept is what was checked, so nobody who gets at the files later can change it.
+    """
+    try:
         text = (place / MANIFEST).read_bytes()
         manifest = Manifest.model_validate_json(text)
         files = {file: (place / file).read_bytes() for file in manifest.files if _plain(file)}

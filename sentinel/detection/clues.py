@@ -80,6 +80,15 @@ def clues(measured: Sequence[Measured], reference: Reference | None) -> Vector:
     )
 
 
+def alone(entries: Sequence[Measured]) -> Vector:
+    """Return for each of these matrices what `clues` are of it alone, without a reference."""
+    vectors = np.array([entry.vector for entry in entries]).reshape(-1, len(FEATURES))
+    ranks = np.log10([max(entry.rank, 1) for entry in entries])
+    ones = np.full(len(entries), np.log10(2))
+    unknown = np.full((len(entries), len(RELATIVE) + len(LOCAL)), UNKNOWN)
+    return np.concatenate([np.tile(vectors, 4), np.stack([ranks, ones], axis=1), unknown], axis=1)
+
+
 _LEAKAGES = [index for index, name in enumerate(CLUES) if name.endswith("_leakage")]
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sentinel.detection.layers import layers_of
-from sentinel.detection.trace import LENGTH, Trace, distance, joined
+from sentinel.detection.trace import LENGTH, Trace, distances, joined
 from sentinel.detection.weights import SEED, measured_places
 from sentinel.errors import MisuseError
 
@@ -126,10 +126,13 @@ class History:
         if len(self.last.traces) != len(now.traces):
             return ()
         last = self.last
-        return tuple(
-            _move(*pair)
-            for pair in zip(last.traces, last.scales, now.traces, now.scales, strict=True)
-        )
+        if not now.traces:
+            return ()
+        scales = np.array(last.scales)
+        grown = 10.0 ** np.minimum(np.array(now.scales) - scales, 30.0)
+        away = distances(np.array(last.traces), np.array(now.traces), grown)
+        told = (scales > math.log10(_LEAST)) & np.any(last.traces, axis=1) & (away >= UNSEEN)
+        return tuple(np.where(told, away, 0.0).tolist())
 
     def young(self) -> set[int]:
         """Return places of layers that were zero in the oldest round that is remembered."""
@@ -185,13 +188,6 @@ class History:
         return cls(
             structure, scales[-ROUNDS:], last, _unpacked(data["marks"])[-ROUNDS:], peaks, moves
         )
-
-
-def _move(before: Trace, scale: float, after: Trace, now: float) -> float:
-    if scale <= math.log10(_LEAST) or not any(before):
-        return 0.0
-    moved = distance(before, 1.0, after, 10.0 ** min(now - scale, 30.0))
-    return 0.0 if moved < UNSEEN else moved
 
 
 def _numbers(row: Sequence[float]) -> tuple[float, ...]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from sentinel.detection.bundle import UPDATE_SENSITIVITY, Detector, interpolated, load_detector
-from sentinel.detection.clues import clues, resembling
+from sentinel.detection.clues import alone, clues, resembling
 from sentinel.detection.features import Measured, update_features
 from sentinel.update import Update
 
@@ -124,6 +124,6 @@ def _singly(
     if reference is not None:
         return [reference.single(entry) for entry in measured]
     told = [entry for entry in measured if entry.rank > 1]
-    rows = [clues([entry], None).tolist() for entry in told]
-    found = dict(zip((entry.names for entry in told), detector.generic(rows), strict=True))
+    shares = detector.generic(alone(told)) if told else []
+    found = dict(zip((entry.names for entry in told), shares, strict=True))
     return [found.get(entry.names) for entry in measured]

@@ -17,7 +17,10 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
     from torch import Tensor
+
+    Vectors = NDArray[np.float64]
 
 ACROSS, ALONG = 4, 4  # signs over the rows, times directions over the columns
 LENGTH = ACROSS * ALONG
@@ -61,17 +64,15 @@ def cosine(one: Trace, other: Trace) -> float:
     return product / sizes if sizes > 0.0 else 0.0
 
 
-def distance(one: Trace, size: float, other: Trace, other_size: float) -> float:
-    """How far two layers are apart, in units of the first one's size; about, by 16 numbers.
+def distances(before: Vectors, after: Vectors, grown: Vectors) -> Vectors:
+    """How far layers have moved, in units of the size that each had; about, by 16 numbers.
 
     Args:
-        one: trace of the first.
-        size: its Frobenius norm, above 0.
-        other: trace of the second.
-        other_size: its norm.
+        before: [layers, `LENGTH`], their traces.
+        after: the same, now.
+        grown: [layers], the size of each now over the size before.
     """
-    ratio = other_size / size
-    away = math.hypot(*(b * ratio - a for a, b in zip(one, other, strict=True)))
+    away: Vectors = np.linalg.norm(after * grown[:, None] - before, axis=1)
     return away / math.sqrt(LENGTH)
 
 

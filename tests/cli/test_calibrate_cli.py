@@ -217,7 +217,7 @@ def test_rounds_alike_are_no_drift_and_rounds_of_two_records_are(site: Path) -> 
     assert page.count("<polyline") == 2
     assert "no longer describes" in page
     found = told(call("drift", site, "--json"))
-    assert found["sensitivity"]["alarms"] >= 14
+    assert found["sensitivity"]["alarms"] >= 10  # of 15
     assert found["suspicion"]["level"] is None  # the models are as ever
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from sentinel.detection import History, Kind, inspect_global_model
 from sentinel.detection.history import places_of
-from sentinel.detection.trace import LENGTH, NOWHERE, cosine, distance, joined
+from sentinel.detection.trace import LENGTH, NOWHERE, cosine, distances, joined
 from sentinel.stress import corpus, servers
 from sentinel.terms import Verdict
 
@@ -165,7 +166,8 @@ def test_traces_of_nothing_and_of_huge_values() -> None:
     assert any(huge.traces[0])
     assert places_of({"a.weight": torch.full((4, 5), torch.inf)}).scales == (38.0,)
     assert cosine(NOWHERE, NOWHERE) == 0.0
-    assert distance((1.0,) * LENGTH, 2.0, (1.0,) * LENGTH, 1.0) == pytest.approx(0.5)
+    ones = np.ones((2, LENGTH))
+    assert distances(ones, ones, np.array([0.5, 1.0])) == pytest.approx([0.5, 0.0])
     assert joined([]) == NOWHERE
 
 

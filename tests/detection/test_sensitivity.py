@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from sentinel.detection import Reference, build_reference, score_update
-from sentinel.detection.clues import CLUES
-from sentinel.detection.features import FEATURES
+from sentinel.detection.clues import CLUES, alone, clues
+from sentinel.detection.features import FEATURES, update_features
 from sentinel.detection.readout import beyond_chance, token_leakage
 from sentinel.detection.rounds import Spec, drawn_labels, local_round, measured_leakage
 from sentinel.detection.sensitivity import BLIND
@@ -352,3 +352,12 @@ def test_a_model_whose_rounds_would_take_too_long_is_refused_before_they_begin()
     with pytest.raises(MisuseError, match="more than the 5 allowed"):
         build_reference(model, model.state_dict(), patience=5.0)
     assert time.perf_counter() - start < 5.0
+
+
+def test_clues_of_single_tensors_are_those_of_an_update_of_each() -> None:
+    model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 2))
+    deltas = {name: torch.randn(value.shape) for name, value in model.state_dict().items()}
+    measured = update_features(deltas, torch.Generator().manual_seed(0))
+    assert len(measured) == 2
+    each = [clues([entry], None).tolist() for entry in measured]
+    assert alone(measured).tolist() == [pytest.approx(row) for row in each]
