@@ -52,7 +52,7 @@ class Layer:
     @property
     def inputs(self) -> int:
         """Columns of the weight as a matrix."""
-        return self.weight[:1].numel()
+        return self.weight.numel() // self.units  # neither is 0
 
 
 def layers_of(state: Mapping[str, Tensor]) -> list[Layer]:
