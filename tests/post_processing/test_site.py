@@ -56,8 +56,9 @@ def update_of(generator: np.random.Generator, kind: str) -> State:
     """A raw update: off the grid, and from a hundredth of the clip norm to a thousand times it."""
     values = generator.standard_normal(COORDINATES)
     if kind == "one record":  # what the score is there to find
+        record, units = np.linspace(0.1, 1.0, 10), np.linspace(-1.0, 1.0, 12)
         values = np.zeros(COORDINATES)
-        values[:10] = np.linspace(0.1, 1.0, 10)
+        values[:132] = np.concatenate([np.outer(units, record).ravel(), units])
     elif kind == "one value":
         values = np.zeros(COORDINATES)
         values[generator.integers(COORDINATES)] = 1.0
