@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from sentinel.calibration.gather import Which
 from sentinel.detection import conformal
+from sentinel.policy.schema import FIGURES
 from sentinel.terms import Action
 
 if TYPE_CHECKING:
@@ -25,15 +26,6 @@ if TYPE_CHECKING:
 
 SHIPPED = 0.5  # the shipped policies refuse at this suspicion, and tighten at this sensitivity
 _STEP = Decimal("0.0001")
-_KNOBS = (
-    "max_norm",
-    "max_norm_floor",
-    "max_norm_ceiling",
-    "max_abs",
-    "noise_ratio",
-    "noise_multiplier",
-    "keep",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +116,7 @@ def _when(which: Which, least: float) -> str:
 def _asked(model: Rule) -> Iterator[str]:
     if model.action is not Action.RELEASE:
         yield f'action = "{model.action.word}"'
-    for knob in _KNOBS:
+    for knob in FIGURES:
         value = getattr(model, knob)
         if value is not None:
             yield f"{knob} = {json.dumps(value)}"

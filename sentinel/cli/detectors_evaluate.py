@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
 from sentinel.cli.console import AsJson, console, print_json, progress
 from sentinel.errors import MisuseError
+
+if TYPE_CHECKING:
+    from sentinel.stress.bench.evaluate import Size
 
 SEED = 20_261
 
@@ -43,15 +46,19 @@ def evaluate_command(
     downloaded; every model is made from a seed. The full form takes twenty minutes or more on two
     cores; the refits without an architecture need the extra `train`.
     """
-    from sentinel.detection.bundle import GLOBAL_MODEL, UPDATE_SENSITIVITY
+    from sentinel.detection.bundle import GLOBAL_MODEL, UPDATE_SENSITIVITY, load_detector
+    from sentinel.stress.bench.evaluate import FULL, QUICK
 
+    size = QUICK if quick else FULL
     every: dict[str, Measure] = {GLOBAL_MODEL: _global_model, UPDATE_SENSITIVITY: _updates}
     if name is not None and name not in every:
         raise MisuseError(f"no detector is called {name!r}; there are {', '.join(every)}")
     for one in every if name is None else [name]:
         with progress(f"evaluating {one}") as step:
             step(0, 1)
-            files, document = every[one](quick=quick, jobs=jobs, folder=folder, step=step)
+            digest = load_detector(one, folder=folder).digest
+            files, document = every[one](size, digest, jobs=jobs, folder=folder, step=step)
+        document |= {"detector": digest, "size": size.name}
         files["evaluation.json"] = json.dumps(document, indent=2, sort_keys=True) + "\n"
         (out / one).mkdir(parents=True, exist_ok=True)
         for file, text in files.items():
@@ -66,41 +73,35 @@ class Measure(Protocol):
     """What measures one detector."""
 
     def __call__(
-        self, *, quick: bool, jobs: int, folder: Path | None, step: Step
+        self, size: Size, digest: str, *, jobs: int, folder: Path | None, step: Step
     ) -> tuple[dict[str, str], dict[str, Any]]:
         """Return files by name, and the figures for a machine."""
 
 
 def _global_model(
-    *, quick: bool, jobs: int, folder: Path | None, step: Step
+    size: Size, digest: str, *, jobs: int, folder: Path | None, step: Step
 ) -> tuple[dict[str, str], dict[str, Any]]:
-    from sentinel.detection.bundle import GLOBAL_MODEL, load_detector
     from sentinel.stress.bench import card, charts, figures
-    from sentinel.stress.bench.evaluate import FULL, QUICK, evaluate
+    from sentinel.stress.bench.evaluate import evaluate
 
-    digest = load_detector(GLOBAL_MODEL, folder=folder).digest
-    size = QUICK if quick else FULL
     seen = evaluate(size, SEED, step=step, jobs=jobs, folder=folder)
     files = {
         "evaluation.md": card.card(seen, size, digest),
         "curves.svg": charts.curves_svg(seen),
         "suspicion.svg": charts.spread_svg(seen),
     }
-    return files, figures.document(seen) | {"detector": digest, "size": size.name}
+    return files, figures.document(seen)
 
 
 def _updates(
-    *, quick: bool, jobs: int, folder: Path | None, step: Step
+    size: Size, digest: str, *, jobs: int, folder: Path | None, step: Step
 ) -> tuple[dict[str, str], dict[str, Any]]:
-    from sentinel.detection.bundle import UPDATE_SENSITIVITY, load_detector
     from sentinel.stress.bench import update_card, update_figures
-    from sentinel.stress.bench.evaluate import FULL, QUICK, evaluate_updates
+    from sentinel.stress.bench.evaluate import evaluate_updates
 
-    digest = load_detector(UPDATE_SENSITIVITY, folder=folder).digest
-    size = QUICK if quick else FULL
     rows = evaluate_updates(size, SEED, step=step, jobs=jobs, folder=folder)
     files = {
         "evaluation.md": update_card.update_card(rows, size, digest),
         "leakage.svg": update_card.scatter_svg(rows),
     }
-    return files, update_figures.document(rows) | {"detector": digest, "size": size.name}
+    return files, update_figures.document(rows)

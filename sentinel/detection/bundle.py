@@ -231,9 +231,8 @@ def _unavailable(name: str, problem: str) -> Withheld:
     )
 
 
-@functools.lru_cache(maxsize=8)
 def _session(model: bytes, name: str) -> Any:  # noqa: ANN401  # onnxruntime has no types
-    """Open the model; the cache is keyed by its bytes, so a changed file is another model."""
+    """Open the model."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors only

@@ -123,10 +123,8 @@ class History:
             One for each layer, by a projection, so about; a layer that was next to nothing has
             moved by 0, since any value is far from it. Empty where there is no last round.
         """
-        if len(self.last.traces) != len(now.traces):
-            return ()
         last = self.last
-        if not now.traces:
+        if not now.traces or len(last.traces) != len(now.traces):
             return ()
         scales = np.array(last.scales)
         grown = 10.0 ** np.minimum(np.array(now.scales) - scales, 30.0)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sentinel.detection.layers import bias_name, entry_name
-from sentinel.detection.readout import NEAR, candidates, read_share
+from sentinel.detection.readout import NEAR, candidates, read_share, thresholds_of
 from sentinel.detection.rounds import dense_input
 from sentinel.detection.synthetic import ModelError, twin
 from sentinel.errors import MisuseError
@@ -81,8 +81,8 @@ class Probe:
                 "out, and the update is scored without."
             )
         weight, bias = copied.names[weight], copied.names[bias_name(weight)]
-        norms = state[weight].float().cpu().norm(dim=1).clamp_min(1e-12)
-        return cls(weight, bias, reached[1], state[bias].float().cpu() / norms)
+        thresholds = thresholds_of(state[weight].cpu(), state[bias].cpu())
+        return cls(weight, bias, reached[1], thresholds)
 
     def read(self, deltas: Mapping[str, Tensor]) -> float | None:
         """The share of the records that linear read-out of the layer comes near to.

@@ -14,6 +14,12 @@ _FAINT = 1e-4
 _STILL = (1e-4, 0.1, 0.3)  # row norms beside the largest below which a word did not occur
 
 
+def thresholds_of(weight: Tensor, bias: Tensor) -> Tensor:
+    """Return the global bias over the norm of its row, [K]: the order of bins along a line."""
+    norms: Tensor = torch.linalg.vector_norm(weight.float(), dim=1)
+    return bias.float() / norms.clamp_min(1e-12)
+
+
 def candidates(weight: Tensor, bias: Tensor, thresholds: Tensor | None = None) -> Tensor:
     """Return a server's guesses at the inputs of a dense layer.
 

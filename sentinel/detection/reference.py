@@ -13,7 +13,7 @@ import json
 import math
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -90,7 +90,6 @@ class Reference:
     records: Vector
     noise: Vector
     floor: float
-    sharpness: Literal["reference"] = "reference"
     _fitted: _Fitted = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

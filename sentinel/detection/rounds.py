@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sentinel.detection.layers import bias_name, entry_name
-from sentinel.detection.readout import NEAR, candidates, leakage, token_leakage
+from sentinel.detection.readout import NEAR, candidates, leakage, thresholds_of, token_leakage
 from sentinel.detection.synthetic import foreign, run, undisturbed
 
 if TYPE_CHECKING:
@@ -258,8 +258,7 @@ class Readable:
             if not {weight, bias} <= state.keys() & deltas.keys():  # parametrized: it has others
                 continue
             if bool(deltas[bias].any()):
-                norms = state[weight].float().norm(dim=1).clamp_min(1e-12)
-                thresholds = state[bias].float() / norms
+                thresholds = thresholds_of(state[weight], state[bias])
                 guesses = candidates(deltas[weight], deltas[bias], thresholds)
                 return leakage(guesses, inside, outside, within)
             found = 0.0

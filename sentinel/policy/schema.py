@@ -187,6 +187,17 @@ class When(Strict):
         return self
 
 
+FIGURES = (  # what a rule may ask for, as a file writes it
+    "max_norm",
+    "max_norm_floor",
+    "max_norm_ceiling",
+    "max_abs",
+    "noise_ratio",
+    "noise_multiplier",
+    "keep",
+)
+
+
 class Rule(Strict):
     """One rule: which parameters, when, and what is asked of them."""
 

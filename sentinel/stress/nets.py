@@ -65,6 +65,11 @@ def lenet(hidden: int = 256, classes: int = 10) -> nn.Sequential:
 
     Reference: LeCun et al., 1998, with the activation and the pooling of today.
     """
+    return lenet_of(hidden, classes)
+
+
+def lenet_of(*widths: int) -> nn.Sequential:
+    """Return LeNet with dense layers of these widths; the last one holds the classes."""
     return nn.Sequential(
         nn.Conv2d(1, 6, 5, padding=2),
         nn.ReLU(),
@@ -73,9 +78,7 @@ def lenet(hidden: int = 256, classes: int = 10) -> nn.Sequential:
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Flatten(),
-        nn.Linear(400, hidden),
-        nn.ReLU(),
-        nn.Linear(hidden, classes),
+        *mlp(400, *widths),
     )
 
 

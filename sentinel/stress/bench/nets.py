@@ -20,6 +20,7 @@ from sentinel.stress.nets import (
     VisionTransformer,
     drawn,
     group_norm,
+    lenet_of,
     mlp,
     resnet18,
 )
@@ -33,20 +34,7 @@ LATENT = 8  # causes behind the columns of a table
 
 def lenet5(classes: int) -> nn.Sequential:
     """Return LeNet-5 with its three dense layers, for 1 x 28 x 28."""
-    return nn.Sequential(
-        nn.Conv2d(1, 6, 5, padding=2),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(6, 16, 5),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(400, 120),
-        nn.ReLU(),
-        nn.Linear(120, 84),
-        nn.ReLU(),
-        nn.Linear(84, classes),
-    )
+    return lenet_of(120, 84, classes)
 
 
 def vgg(classes: int) -> nn.Sequential:

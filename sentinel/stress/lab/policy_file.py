@@ -7,22 +7,13 @@ import json
 import math
 from typing import TYPE_CHECKING
 
+from sentinel.policy.schema import FIGURES
 from sentinel.terms import Action
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from sentinel.policy.schema import Policy, Rule
-
-_KNOBS = (
-    "max_norm",
-    "max_norm_floor",
-    "max_norm_ceiling",
-    "max_abs",
-    "noise_ratio",
-    "noise_multiplier",
-    "keep",
-)
 
 
 def policy_toml(policy: Policy, comments: Iterable[str]) -> str:
@@ -55,7 +46,7 @@ def _rule(rule: Rule) -> dict[str, object]:
         given["when"] = rule.when.model_dump(exclude_none=True)
     if rule.action is not Action.RELEASE:
         given["action"] = rule.action.word
-    return given | {name: value for name in _KNOBS if (value := getattr(rule, name)) is not None}
+    return given | {name: value for name in FIGURES if (value := getattr(rule, name)) is not None}
 
 
 def _entries(values: Mapping[str, object]) -> list[str]:
