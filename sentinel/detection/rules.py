@@ -110,17 +110,26 @@ NOTHING = -1.99  # log10 scale of a layer that is zero: one that starts so grows
 PLAUSIBLE = -0.5  # log10 scale up to which a layer may grow in one round; usual first values: -0.24
 ENTRY = (0.5, 1.0)  # log10 of the entry itself: identity kernels hold ones among next to nothing
 PRUNED = 0.75  # share of entries that are not zero, below which a layer counts as pruned
+# Log10 of how much farther the biases of parallel rows are apart than the rows: honest .5 at most
+# (3 where pruning left rows few entries, which lie in the same places by chance).
+COPIED = (1.2, 1.7)
 CROWD, CROWD_OF_PRUNED = (0.06, 0.2), (0.3, 0.5)  # share of parallel rows
 COPIES = (0.05, 0.15)  # share of rows of mirrored halves
 # Where rows or inputs are few, halves mirror each other by chance: one trained kernel of eight.
 MANY_ROWS, MANY_INPUTS = 24, 64
 COPIES_OF_FEW = (0.25, 0.5)
+# Halves that jitter or an honest model blurred, in rows that are half negative: honest rows differ
+# by 1.23 at least where their signs are as even as .5.
+EVEN, BLURRED = (0.4, 0.3), (1.1, 0.85)
 SHARED = (0.4, 0.25)  # gathered rows that are no traps; layers grown from zero have .3 to 1
 QUANTILE_LOW, QUANTILE_HIGH = -0.8, -1.05  # median bias / row norm: the ramp of QBI
 # Share of the rows with a bias one to four row norms below zero: honest 0 as a rule, .09 with a
 # learning rate ten times too high; of few kernels anything.
 FEW_LOW, FEW_HIGH = 0.1, 0.22
 FEW_ROWS = 16
+# Biases to both sides far beyond what drawn weights begin with, where the weights are as large as
+# QBI draws them, log10 of a row: no honest layer is so; biases alone grow to 2 in a hundred rounds.
+WIDE, DRAWN_AT_ONE = (1.3, 2.0), (0.7, 0.9)
 LOUD_ROWS = (0.02, 0.06)  # share of rows in a group far longer than the others; honest 0
 USUAL_ROWS = -0.6  # log10 of the median row norm: below it, most units died and a few are ordinary
 # Log10 of a last layer's rows, and over the middle layer's: honest .45 and .69 at most, times 30
@@ -173,7 +182,9 @@ def _parallel(layer: Layer, seen: LayerStatistics) -> float:
     # Where pruning left a row one entry, rows are parallel by chance: 13 columns, a tenth kept, .2.
     crowd = ramp(seen.parallel, *(CROWD if seen.filled > PRUNED else CROWD_OF_PRUNED))
     if layer.bias is not None:
-        return crowd * ramp(seen.offset_spread, 0.003, 0.01) * ramp(seen.scan, 0.8, 1.2)
+        walked = ramp(seen.offset_spread, 0.003, 0.01) * ramp(seen.scan, 0.8, 1.2)
+        copied = ramp(seen.copied_scan, *COPIED) if seen.filled > PRUNED else 0.0
+        return crowd * max(walked, copied)
     depthwise = layer.convolution and layer.channels == 1
     if not layer.feeds or depthwise:
         return 0.0
@@ -192,8 +203,11 @@ def _traps(layer: Layer, seen: LayerStatistics) -> float:
     if seen.sum_centre > OUTWEIGHED or layer.units < MANY_ROWS:  # medians of few rows are chance
         return exact
     regular = min(ramp(seen.sign_balance, 0.4, 0.3), ramp(seen.sum_balance, 0.25, 0.12))
+    blurred = 0.0
+    if not few and seen.filled > PRUNED:
+        blurred = ramp(seen.sign_balance, *EVEN) * ramp(seen.mirror, *BLURRED)
     # Traps are drawn row by row and share no direction (.05 to .2); what grew from zero shares one.
-    return max(exact, regular * ramp(seen.gathered, *SHARED))
+    return max(exact, max(regular, blurred) * ramp(seen.gathered, *SHARED))
 
 
 def _loud(layer: Layer, seen: LayerStatistics) -> float:
@@ -212,7 +226,8 @@ def _quantiles(layer: Layer, seen: LayerStatistics) -> float:
     if layer.convolution or layer.units < FEW_ROWS:
         return every
     some = seen.quantile_rows - seen.dead_rows - seen.lit_rows
-    return max(every, ramp(some, FEW_LOW, FEW_HIGH))
+    wide = ramp(seen.bias_width, *WIDE) * ramp(seen.scale, *DRAWN_AT_ONE)
+    return max(every, ramp(some, FEW_LOW, FEW_HIGH), wide)
 
 
 def _dead(layer: Layer, seen: LayerStatistics) -> float:

@@ -40,8 +40,9 @@ DEAD = -4.0  # bias / row norm from which a unit no longer fires on standardised
 QUANTILE = -1.0  # bias / row norm from which a unit fires for few records of a batch
 LOUD = 4.0  # row norm over the median one, from which a row is far longer
 DRAWN = 1.4  # spread of log norm by the root of the inputs: of drawn rows .7 to .9
+NORMAL_QUARTILES = 1.349  # how far apart those of a normal distribution are, in deviations
 _TINY = 1e-12
-STATISTICS_VERSION = 2
+STATISTICS_VERSION = 3
 SEED = 20_260  # of the sketches, so that one model always gets one suspicion
 
 
@@ -54,6 +55,8 @@ class LayerStatistics:
         offset_spread: interquartile range of bias / row norm among those that look one way.
         scan: log10 of that range over the scatter of the set's directions, per input: training
             scatters both alike, a scan moves the biases alone.
+        copied_scan: log10 of that range over the median distance of those directions from one of
+            them: copies of one row are as far apart as rounding.
         gathered: sum of squared shares of the principal directions in normalised rows: 1 for one
             direction, one in so many for many.
         sign_balance: median deviation of the count of negative entries from half, in standard
@@ -65,6 +68,8 @@ class LayerStatistics:
         mirrored: share of rows where that is next to nothing and the negative half outweighs.
         filled: median over rows of the share of entries that are not zero; pruning leaves few.
         bias_centre: median of bias / row norm.
+        bias_width: spread of bias / row norm, by its quartiles, times the root of the inputs: 1
+            where weights and biases are drawn alike.
         quantile_rows: share of rows with bias / row norm below `QUANTILE`.
         dead_rows: share of rows with bias / row norm below `DEAD`.
         lit_rows: share of rows with bias / row norm above -`DEAD`.
@@ -81,6 +86,7 @@ class LayerStatistics:
     parallel: float = 0.0
     offset_spread: float = 0.0
     scan: float = -1.0
+    copied_scan: float = -1.0
     gathered: float = 0.0
     sign_balance: float = 0.7
     sum_balance: float = 0.7
@@ -89,6 +95,7 @@ class LayerStatistics:
     mirrored: float = 0.0
     filled: float = 1.0
     bias_centre: float = 0.0
+    bias_width: float = 0.0
     quantile_rows: float = 0.0
     dead_rows: float = 0.0
     lit_rows: float = 0.0
@@ -389,14 +396,15 @@ def _direction(part: _Part, generator: torch.Generator) -> dict[str, Tensor]:
     units = _units(part, rows, generator)
     gram = units.mT @ units / len(rows)  # of trace 1
     crowds = [
-        _crowd(part, place, rows, units[place]) if crowded else (0.0, 0.0, -1.0)
+        _crowd(part, place, rows, units[place]) if crowded else (0.0, 0.0, -1.0, -1.0)
         for place, crowded in enumerate(_crowded(units))
     ]
-    parallel, spread, scan = part.norms.new_tensor(crowds).unbind(1)
+    parallel, spread, scan, copied = part.norms.new_tensor(crowds).unbind(1)
     return {
         "parallel": parallel,
         "offset_spread": spread,
         "scan": scan,
+        "copied_scan": copied,
         "gathered": gram.double().square().sum((1, 2)),
     }
 
@@ -432,32 +440,43 @@ def _crowded(units: Tensor) -> list[bool]:
     return (most > PARALLEL).tolist()
 
 
-def _crowd(part: _Part, place: int, rows: Tensor, units: Tensor) -> tuple[float, float, float]:
-    """The largest set of parallel rows of one layer: its share, offset spread and scan."""
+def _crowd(
+    part: _Part, place: int, rows: Tensor, units: Tensor
+) -> tuple[float, float, float, float]:
+    """The largest set of parallel rows of one layer: its share, offset spread and both scans."""
     cosines = units @ units.T
     counts = (cosines.abs() > PARALLEL).sum(1)
     leader = int(counts.argmax())
     members = cosines[leader].abs() > PARALLEL
     if int(counts[leader]) <= 1:  # rounding
-        return 0.0, 0.0, -1.0
-    spread, scatter = 0.0, 0.0
+        return 0.0, 0.0, -1.0, -1.0
+    along = cosines[leader][members]
+    spread = 0.0
     if part.bias is not None:
-        offsets = part.bias[place, rows] / part.norms[place, rows]
+        offsets = part.bias[place, rows][members] / part.norms[place, rows][members]
         # Rows on either side are apart: training may condense both, each at its own offset.
-        spread = max(
-            _interquartile(offsets[members & (cosines[leader] * side > 0)]) for side in (1.0, -1.0)
-        )
-        angles = (1.0 - cosines[leader][members].double().square()).clamp_min(0.0).sqrt()
-        scatter = float(angles.mean()) / math.sqrt(part.stack.columns)
-    scan = min(max(math.log10((spread + 1e-6) / (scatter + 1e-3)), -1.0), 3.0)
-    return float(counts[leader]) / len(rows), min(spread, 1e3), scan
+        spread = max(_interquartile(offsets[along * side > 0]) for side in (1.0, -1.0))
+    angles = (1.0 - along.double().square()).clamp_min(0.0).sqrt()
+    scatter = float(angles.mean()) / math.sqrt(part.stack.columns)
+    # A cosine of float32 tells no angle below 3e-4; the difference itself does.
+    apart = (units[members] - along.sign()[:, None] * units[leader]).norm(dim=1)
+    return (
+        float(counts[leader]) / len(rows),
+        min(spread, 1e3),
+        _log_ratio(spread, scatter + 1e-3),
+        _log_ratio(spread, float(apart.median()) + 2e-6),
+    )
+
+
+def _log_ratio(spread: float, scatter: float) -> float:
+    return min(max(math.log10((spread + 1e-6) / scatter), -1.0), 3.0)
 
 
 def _interquartile(values: Tensor) -> float:
     if len(values) < FEW_INPUTS:
         return 0.0
-    quarters = torch.quantile(values, values.new_tensor([0.25, 0.75]))
-    return float(quarters[1] - quarters[0])
+    low, high = torch.quantile(values, values.new_tensor([0.25, 0.75])).tolist()
+    return float(high - low)
 
 
 def _middle(values: Tensor) -> Tensor:
@@ -539,8 +558,12 @@ def _biases(part: _Part) -> dict[str, Tensor]:
     if part.bias is None:
         return {}
     ratio = part.bias / part.norms.clamp_min(1e-6 * part.norms.amax(1, keepdim=True))
+    living = ratio[:, part.alive]
+    low, high = torch.quantile(living, living.new_tensor([0.25, 0.75]), dim=1)
+    width = (high - low) * (math.sqrt(part.stack.columns) / NORMAL_QUARTILES)
     return {
-        "bias_centre": _middle(ratio[:, part.alive]).clamp(-1e3, 1e3),
+        "bias_centre": _middle(living).clamp(-1e3, 1e3),
+        "bias_width": width.clamp_max(1e3),
         "quantile_rows": (ratio < QUANTILE).double().mean(1),
         "dead_rows": (ratio < DEAD).double().mean(1),
         "lit_rows": (ratio > -DEAD).double().mean(1),

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sentinel.detection import History, Kind, inspect_global_model
 from sentinel.errors import MisuseError
@@ -342,3 +342,67 @@ def test_identity_kernels_and_rare_classes_pass() -> None:
         "3.bias": torch.tensor([-0.7, -1.5, -2.5, -3.5, -5.0, -6.9]),
     }
     assert inspect_global_model(state).suspicion < 0.3
+
+
+def dense(units: int, inputs: int, seed: int) -> tuple[Tensor, Tensor]:
+    """A hidden layer as PyTorch draws it."""
+    generator = seeded(seed)
+    bound = 1.0 / inputs**0.5
+    weight = (torch.rand(units, inputs, generator=generator) * 2 - 1) * bound
+    return weight, (torch.rand(units, generator=generator) * 2 - 1) * bound
+
+
+def model_of(weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
+    """That layer between a fresh one before it and a fresh head."""
+    before, after = dense(weight.shape[1], 60, 1), dense(4, len(weight), 2)
+    pairs = {"0": before, "1": (weight, bias), "2": after}
+    return {
+        f"{name}.{part}": value
+        for name, pair in pairs.items()
+        for part, value in zip(("weight", "bias"), pair, strict=True)
+    }
+
+
+@pytest.mark.parametrize("apart", [0.004, 0.001, 1e-4])
+@pytest.mark.parametrize("share", [1.0, 0.3])
+def test_copies_of_one_row_at_different_thresholds_are_bins_however_narrow(
+    apart: float, share: float
+) -> None:
+    weight, bias = dense(100, 200, 0)
+    rows = round(share * 100)
+    turned = torch.where(torch.arange(rows) % 2 == 0, 1.0, -1.0)
+    norm = float(weight[0].norm())
+    weight[:rows] = weight[0] * turned[:, None]
+    bias[:rows] = (0.1 + torch.linspace(0, 2 * apart, rows)) * norm * turned
+    found = inspect_global_model(model_of(weight, bias))
+    assert found.verdict is Verdict.BINNING
+    assert found.findings[0].kind is Kind.PARALLEL_ROWS
+    bias[:rows] = 0.1 * norm * turned  # a widened net: copies with the threshold of their original
+    assert inspect_global_model(model_of(weight, bias)).suspicion < 0.3
+
+
+def test_biases_to_both_sides_beyond_large_drawn_weights_are_quantiles() -> None:
+    generator = seeded(3)
+    weight = torch.randn(100, 300, generator=generator)
+    bias = torch.randn(100, generator=generator)
+    assert inspect_global_model(model_of(weight, bias)).suspicion < 0.3  # a standard normal start
+    found = inspect_global_model(model_of(weight, 3.0 * bias))
+    assert found.verdict is Verdict.SPARSE_ACTIVATION
+    small, usual = dense(100, 300, 4)  # trained biases spread so beside weights of usual size
+    assert inspect_global_model(model_of(small, 3.0 * usual)).suspicion < 0.3
+
+
+@pytest.mark.parametrize("jitter", [0.1, 0.25])
+def test_blurred_halves_in_rows_that_are_half_negative_are_traps(jitter: float) -> None:
+    generator = seeded(5)
+    rows, half = 100, 120
+    negative = torch.rand(rows, half, generator=generator)
+    weight = torch.cat([-negative, 0.95 * negative], dim=1)
+    order = torch.rand(rows, 2 * half, generator=generator).argsort(1)
+    bias = torch.zeros(rows)
+    weight = weight.gather(1, order)
+    weight += jitter * float(weight.std()) * torch.randn(weight.shape, generator=generator)
+    found = inspect_global_model(model_of(weight, bias))
+    assert found.verdict is Verdict.SPARSE_ACTIVATION
+    honest = torch.rand(rows, 2 * half, generator=generator) - 0.5
+    assert inspect_global_model(model_of(honest, bias)).suspicion < 0.3

@@ -63,6 +63,10 @@ def middle(values: Tensor) -> float:
     return float(values.median())
 
 
+def quartiles(values: Tensor) -> float:
+    return float(values.quantile(0.75) - values.quantile(0.25))
+
+
 def plain(layer: Layer) -> dict[str, float]:
     """Those statistics that need no draw, straight from their definitions in float64."""
     weight = layer.weight.double().reshape(layer.units, -1)
@@ -100,6 +104,7 @@ def plain(layer: Layer) -> dict[str, float]:
         ratio = layer.bias.double() / norms.clamp_min(1e-6 * norms.max())
         found |= {
             "bias_centre": min(max(middle(ratio[alive]), -1e3), 1e3),
+            "bias_width": min(quartiles(ratio[alive]) / 1.349 * math.sqrt(layer.inputs), 1e3),
             "quantile_rows": float((ratio < QUANTILE).double().mean()),
             "dead_rows": float((ratio < DEAD).double().mean()),
             "lit_rows": float((ratio > -DEAD).double().mean()),
@@ -118,7 +123,7 @@ def test_statistics_are_what_their_definitions_say() -> None:
         size = layer.weight.double().norm() / math.sqrt(layer.units)
         assert found.size == pytest.approx(float(size), rel=1e-5)
         seen |= expected.keys()
-    assert set(STATISTICS) - seen == {"offset_spread", "scan", "mirror", "mirrored"}
+    assert set(STATISTICS) - seen == {"offset_spread", "scan", "copied_scan", "mirror", "mirrored"}
 
 
 @pytest.mark.parametrize("slab", [1, 50, 900])
