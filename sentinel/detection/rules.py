@@ -128,8 +128,8 @@ QUANTILE_LOW, QUANTILE_HIGH = -0.8, -1.05  # median bias / row norm: the ramp of
 FEW_LOW, FEW_HIGH = 0.1, 0.22
 FEW_ROWS = 16
 # Biases to both sides far beyond what drawn weights begin with, where the weights are as large as
-# QBI draws them, log10 of a row: no honest layer is so; biases alone grow to 2 in a hundred rounds.
-WIDE, DRAWN_AT_ONE = (1.3, 2.0), (0.7, 0.9)
+# QBI draws them, log10 of a row: honest 1.4 where a net is dying; beside usual weights 2.
+WIDE, DRAWN_AT_ONE = (1.7, 2.5), (0.7, 0.9)
 LOUD_ROWS = (0.02, 0.06)  # share of rows in a group far longer than the others; honest 0
 USUAL_ROWS = -0.6  # log10 of the median row norm: below it, most units died and a few are ordinary
 # Log10 of a last layer's rows, and over the middle layer's: honest .45 and .69 at most, times 30
