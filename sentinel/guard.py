@@ -192,7 +192,7 @@ class Guard:
             optimizer: fresh, of torch.optim, over the model's trainable parameters.
             loader: a DataLoader over a data set with indices; batches are drawn anew from it.
             patients: whose each record is: one id for each index of the data set. Only grouped by,
-                never kept or logged. Not needed under unit "record".
+                never kept or logged. Left out under unit "record".
             loss_reduction: whether the loss is the mean or the sum over a batch.
             max_records: most records given out at once, to bound memory; the step then comes with
                 the last piece of a batch.

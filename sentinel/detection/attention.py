@@ -69,19 +69,21 @@ def _open(
 def _widths(layers: Sequence[Layer]) -> set[int]:
     """Widths of tokens."""
     shapes = [_shape(layer) for layer in layers]
-    squares = {units for units, inputs in shapes if units == inputs}
-    fed = {_is_widening(layer) for layer in layers}
-    return {
-        width
-        for width in squares & fed
-        if width and ((3 * width, width) in shapes or shapes.count((width, width)) >= SQUARES)
-    }
+    found = set()
+    for width in {units for units, inputs in shapes if units == inputs and units}:
+        joined = shapes.count((3 * width, width))  # query, key and value in one
+        feeding = sum(_is_widening(layer) == width for layer in layers)
+        alone = shapes.count((width, width)) >= SQUARES and feeding
+        # A feed-forward layer may be three times as wide, as the joined one is.
+        if alone or (joined and feeding >= 2):  # noqa: PLR2004 - that one, and a feed-forward layer
+            found.add(width)
+    return found
 
 
 def _is_widening(layer: Layer) -> int:
     """Width that a layer takes up and widens, or 0."""
     units, inputs = _shape(layer)
-    return inputs if units >= WIDENED * inputs and units != 3 * inputs else 0
+    return inputs if units >= WIDENED * inputs else 0
 
 
 def _shape(layer: Layer) -> tuple[int, int]:

@@ -130,8 +130,8 @@ def local_round(module: nn.Module, records: Tensor, labels: Tensor, spec: Spec) 
                 grads = torch.autograd.grad(loss, list(now.values()), allow_unused=True)
             with torch.no_grad():
                 for (name, value), grad in zip(now.items(), grads, strict=True):
-                    if grad is not None:
-                        step(name, value, grad)
+                    if grad is not None:  # that of a sparse embedding is made dense
+                        step(name, value, grad.to_dense() if grad.is_sparse else grad)
     return {name: now[name].detach() - start[name] for name in now}
 
 

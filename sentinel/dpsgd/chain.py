@@ -27,8 +27,9 @@ class Chain:
 
     Guarantees:
         `require` passes only where every value that a forward pass or the optimizer may use is, bit
-        by bit, what the last private step left, or the global model's. What is changed and put back
-        before the next step is not seen.
+        by bit, what the last private step left, or the global model's: parameters, buffers, and the
+        optimizer's state. What is changed and put back before the next step is not seen, nor what
+        code of the model keeps in plain attributes.
 
     Edges:
         a trainable parameter changed, by whatever way: raises

@@ -36,7 +36,7 @@ def is_outer(layer: nn.Module, inputs: Tensor) -> bool:
 
 def works_along(layer: nn.Module) -> bool:
     """Whether a layer works along a dimension that `require_along_records` has to look at."""
-    return type(layer) in _ALONG
+    return _along(layer) is not None
 
 
 def is_lookup(layer: nn.Module) -> bool:
@@ -80,6 +80,11 @@ def require_separate(name: str, layer: nn.Module) -> None:
             f"{where}; private training has no gradients by record for recurrent layers. Use "
             "convolutions or attention in its place."
         )
+    if isinstance(layer, nn.MultiheadAttention) and not layer.batch_first:
+        raise MisuseError(
+            f"{where} that attends along the first dimension, which is the records; make it with "
+            "batch_first=True."
+        )
     if isinstance(layer, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise MisuseError(f"{where}; pass the model itself, model.module.")
     if hasattr(layer, "_orig_mod"):
@@ -103,7 +108,8 @@ def require_along_records(layer: nn.Module, dims: int | None) -> None:
     Raises:
         MisuseError: it does, as far as can be told.
     """
-    dim = getattr(layer, _ALONG[type(layer)]) if type(layer) in _ALONG else 1
+    named = _along(layer)
+    dim = 1 if named is None else named if isinstance(named, int) else getattr(layer, named)
     if dim is None and dims is not None:
         dim = 0 if dims in (0, 1, 3) else 1  # what torch's softmax takes where none is named
     if dim == 0 or (isinstance(dim, int) and dims is not None and dim + dims == 0):
@@ -111,6 +117,11 @@ def require_along_records(layer: nn.Module, dims: int | None) -> None:
             f"A {type(layer).__name__} of the model works along dimension 0, which is the records: "
             "it would mix them. Name the dimension of the features (dim=1, or start_dim=1)."
         )
+
+
+def _along(layer: nn.Module) -> str | int | None:
+    """The dimension that a layer works along, or the attribute that names it; most have none."""
+    return next((found for kind, found in _ALONG.items() if isinstance(layer, kind)), None)
 
 
 def _require_supported(name: str, layer: nn.Module) -> None:
@@ -121,6 +132,8 @@ def _require_supported(name: str, layer: nn.Module) -> None:
             f"cannot be told apart by record. Move those parameters into a layer of their own. "
             f"{_LET_OUT}"
         )
+    if isinstance(layer, nn.Embedding) and layer.sparse:
+        raise MisuseError(f"{where} has sparse gradients; make it with sparse=False.")
     if type(layer) in _RULES and not set(own_parameters(layer)) <= {"weight", "bias"}:
         raise MisuseError(f"{where} computes its weight from other parameters. {_LET_OUT}")
     if isinstance(layer, nn.EmbeddingBag) or (
@@ -252,8 +265,10 @@ class _Alone(nn.Module):
         return out
 
 
-# Layers that work along a dimension, and what they call it.
-_ALONG: dict[type[nn.Module], str] = {
+# Layers that work along a dimension, and what they call it, or which it is.
+_ALONG: dict[type[nn.Module], str | int] = {
+    nn.Softmax2d: -3,
+    nn.CosineSimilarity: "dim",
     nn.Softmax: "dim",
     nn.LogSoftmax: "dim",
     nn.Softmin: "dim",

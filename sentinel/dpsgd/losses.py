@@ -1,7 +1,8 @@
-"""Losses: refuses those of torch.nn whose divisor is computed from the whole batch.
+"""Losses: refuses those of torch.nn that compute one record's part from the whole batch.
 
 A mean that divides by the batch's sum of class weights, or by how many targets are not ignored,
-makes each record's gradient depend on who else is in the batch. torch's loss modules are seen when
+makes each record's gradient depend on who else is in the batch; so does a column of outputs beside
+a row of targets, which torch broadcasts to every pair of records. torch's loss modules are seen when
 they run; a loss that is a function or a formula is not (docs/private-training.md says what to do).
 """
 
@@ -23,17 +24,32 @@ _EACH = (
 )
 
 
+# Losses that take values one by one, and broadcast shapes that differ.
+_BY_VALUE = (
+    nn.MSELoss,
+    nn.L1Loss,
+    nn.SmoothL1Loss,
+    nn.HuberLoss,
+    nn.PoissonNLLLoss,
+    nn.KLDivLoss,
+    nn.SoftMarginLoss,
+    nn.HingeEmbeddingLoss,
+)
+
+
 class LossWatch:
     """Looks at every torch.nn loss that runs while a batch is open, and remembers what was wrong.
 
     Guarantees:
-        Of the losses of torch.nn that run in a batch, none that is a mean over weights or over a
-        count of its targets passes `require_plain`. Losses written by hand are not looked at.
+        Of the losses of torch.nn that run in a batch, none passes `require_plain` that is a mean
+        over weights or over a count of its targets, or compares one record's output with another's
+        target. Losses written by hand are not looked at.
 
     Edges:
         class weights, with reduction "mean":           raises
         a target of the class `ignore_index`, the same: raises
-        neither of them, or any other loss:             passes
+        a loss by value, targets of another shape:      raises
+        none of them, or any other loss:                passes
         reduction "sum" or "none":                      passes
         targets that are shares:                        passes
         in evaluation (the input has no gradient):      passes
@@ -71,12 +87,27 @@ class LossWatch:
 
     def look(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """One module of whatever kind has run."""
-        if not isinstance(layer, nn.CrossEntropyLoss | nn.NLLLoss) or layer.reduction != "mean":
+        counts = isinstance(layer, nn.CrossEntropyLoss | nn.NLLLoss) and layer.reduction == "mean"
+        if not counts and not isinstance(layer, _BY_VALUE):
             return
-        output = args[0] if args else kwargs.get("input")
-        target = args[1] if len(args) > 1 else kwargs.get("target")
-        if not (isinstance(output, Tensor) and isinstance(target, Tensor) and output.requires_grad):
+        named = [kwargs.get(name) for name in ("input", "log_input", "target") if name in kwargs]
+        output, target = [*args, *named, None, None][:2]
+        if not (isinstance(output, Tensor) and isinstance(target, Tensor)):
             return
+        if not (output.requires_grad or target.requires_grad):
+            return
+        if counts:
+            self._look_at_count(layer, target)
+        elif output.shape != target.shape:
+            self._found = MisuseError(
+                f"{type(layer).__name__} met outputs of shape {tuple(output.shape)[1:]} a record "
+                f"and targets of shape {tuple(target.shape)[1:]}: torch compares every record's "
+                "output with everybody's target. Bring the targets to the shape of the outputs, "
+                "for example y[:, None] or model(x).squeeze(1)."
+            )
+
+    def _look_at_count(self, layer: nn.CrossEntropyLoss | nn.NLLLoss, target: Tensor) -> None:
+        """A mean over targets: what does it divide by?"""
         if target.is_floating_point():  # shares of the classes: divided by the rows
             return
         kind = type(layer).__name__

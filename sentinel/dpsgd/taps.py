@@ -176,6 +176,7 @@ class Taps:
         self._call: Call | None = None
         self._anchor = torch.zeros((), requires_grad=True)
         self._held: list[tuple[nn.Module, dict[str, nn.Parameter | None]]] = []
+        _require_own_hooks(model)
         self._layers = dict.fromkeys(layer for _, layer in layers_to_tap(model))
         self._handles = [
             model.register_forward_pre_hook(_Hook(self._begin), with_kwargs=True, prepend=True),
@@ -202,10 +203,11 @@ class Taps:
             layer._parameters.update(parameters)  # noqa: SLF001 - torch has no other way to set one aside
         self._end()
 
-    def _begin(self, _: nn.Module, args: Any, kwargs: Any) -> None:  # noqa: ANN401 - whatever the model takes
+    def _begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:  # noqa: ANN401 - whatever the model takes
         self.restore()
         if not (self.active and torch.is_grad_enabled()):
             return
+        _require_own_hooks(model)
         inputs = _records(args, kwargs)
         require_full_products(inputs.device)
         if self.batch is None:
@@ -296,6 +298,26 @@ class _Hook:
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
         return _no_hook, ()
+
+
+def _require_own_hooks(model: nn.Module) -> None:
+    """Refuse hooks of others: what they make of a batch is seen by nothing here.
+
+    Raises:
+        MisuseError: a layer has one.
+    """
+    for name, layer in model.named_modules():
+        for hooks in (
+            layer._forward_pre_hooks,  # noqa: SLF001 - torch lists hooks nowhere else
+            layer._forward_hooks,  # noqa: SLF001 - as above
+            layer._backward_pre_hooks,  # noqa: SLF001 - as above
+            layer._backward_hooks,  # noqa: SLF001 - as above
+        ):
+            if not all(isinstance(hook, _Hook) for hook in hooks.values()):
+                raise MisuseError(
+                    f"Layer {name!r} has a hook, which may mix the records of a batch or change "
+                    "gradients. Take it off (handle.remove()) while the model is trained privately."
+                )
 
 
 def _nothing(*_: object) -> None:

@@ -53,6 +53,7 @@ def wrap(  # noqa: PLR0913 - each names one thing that the loop has
 
     Edges:
         ids under unit "patient" left out:            MisuseError
+        ids under unit "record":                      MisuseError
         more than twice the public cohort:            MisuseError
         no promise, or one for a site:                MisuseError
         `max_records` below a patient's cap:          MisuseError
@@ -92,6 +93,12 @@ def wrap(  # noqa: PLR0913 - each names one thing that the loop has
 def _units(plan: Plan, dataset: Any, patients: Iterable[Hashable] | None) -> Units:  # noqa: ANN401 - as torch types it
     records = len(dataset)
     if plan.unit is Unit.RECORD:
+        if patients is not None:
+            raise MisuseError(
+                "The policy promises privacy per record, and ids of patients were given: a patient "
+                'of several records would be protected less. Set privacy.unit = "patient" in the '
+                "policy, or leave out patients=."
+            )
         units = Units.single(records)
     elif patients is None:
         raise MisuseError(

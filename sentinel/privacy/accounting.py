@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sentinel.terms import Adjacency, Unit
 
 EXACT = "exact Gaussian composition"
+WHOLE = "exact Gaussian composition, sampling not counted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +82,8 @@ def total(
         no event:                           epsilon 0, exact
         no Poisson sampling:                exact: one Gaussian mechanism (Dong, Roth, Su 2022), its
                                             epsilon by Balle and Wang 2018
-        with Poisson sampling:              RDP
-        with Poisson sampling, `tight`:     the smaller of RDP and PLD
+        with Poisson sampling:              the smaller of RDP and exact composition of whole batches
+        with Poisson sampling, `tight`:     the smallest of these and PLD
         noise multiplier below 0.05:        infinity; no accountant is asked
         shuffled epochs (sampling "none"):  as Gaussian mechanisms: no amplification
         a coarser unit under add-or-remove: as replaced; see `neighbours`
@@ -169,6 +170,10 @@ def _epsilons(
     else:
         bound = loosen(lambda share: renyi_epsilon(composition, share), delta, slack)
         yield RENYI, bound
+        ratio = composition.unsampled_ratio
+        whole = loosen(lambda share: _exact(ratio, share), delta, slack)
+        if whole < bound:  # as where little noise, or next to no sampling, defeats the others
+            yield WHOLE, whole
         if tight:
             yield LOSS, loosen(lambda share: loss_epsilon(composition, share, bound), delta, slack)
 

@@ -57,6 +57,22 @@ class Composition:
             step.noise_multiplier < SMALLEST_NOISE_MULTIPLIER for step, _ in self.sampled
         )
 
+    @property
+    def unsampled_ratio(self) -> float:
+        """`ratio`, were every unit in every sample.
+
+        Guarantees:
+            An upper bound on the loss with sampling: each pair of neighbouring outputs is the same
+            mixture, over who else was drawn, of pairs that are equal or those without sampling, and
+            no divergence of a mixture is above the largest of its parts (joint convexity).
+        """
+        squares = [
+            steps / distance_ratio(step.noise_multiplier, step.adjacency) ** 2
+            for step, steps in self.sampled
+        ]
+        total = math.fsum([*squares, 0.0 if self.ratio == math.inf else self.ratio**-2])
+        return math.inf if total == 0 else total**-0.5
+
 
 def covers(event: PromisedEvent, unit: Unit) -> bool:
     """Whether an event counts for a unit: a coarser unit's noise hides a finer unit as well."""

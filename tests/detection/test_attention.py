@@ -8,6 +8,7 @@ from torch import nn
 
 from sentinel.detection import Kind, inspect_global_model
 from sentinel.stress import nets, servers
+from sentinel.stress.bench import nets as bench
 from sentinel.stress.layers import copied
 from sentinel.stress.servers import stealth
 from sentinel.terms import Verdict
@@ -35,6 +36,16 @@ def test_bins_for_tokens_are_named_a_transformer_trap(name: str, share: float) -
         found = inspect_global_model(crafted, None, at_hand)
         assert found.verdict is Verdict.TRANSFORMER_TRAP
         assert found.suspicion > 0.8
+
+
+@pytest.mark.parametrize("name", ["text-32", "vit-32"])
+def test_a_feed_forward_layer_three_times_as_wide_is_told_from_joined_projections(
+    name: str,
+) -> None:
+    known = next(one for one in bench.NETS if one.name == name)
+    model = known.fresh(seeded(1))
+    crafted = servers.token_bins(model, model.state_dict(), generator=seeded(2))
+    assert inspect_global_model(crafted, None, model).verdict is Verdict.TRANSFORMER_TRAP
 
 
 def separate(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -168,3 +169,15 @@ def test_an_output_of_the_inputs_shape_is_a_reconstruction() -> None:
     rows = torch.arange(6.0).reshape(2, 3)
     loss = loss_of(rows + 2.0, torch.zeros(2, dtype=torch.int64), rows)
     assert float(loss) == pytest.approx(4.0)
+
+
+def test_a_sparse_embedding_takes_part_in_synthetic_rounds() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(20, 4, sparse=True), nn.Flatten(), nn.Linear(12, 2)).eval()
+    words, labels = torch.randint(20, (6, 3)), torch.tensor([0, 1, 0, 1, 0, 1])
+    dense = copy.deepcopy(model)
+    dense[0].sparse = False
+    for spec in (Spec(6, 3), Spec(6, 3, adam=True)):
+        found, expected = (local_round(one, words, labels, spec) for one in (model, dense))
+        assert found["0.weight"].any()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -1,4 +1,4 @@
-"""Losses that divide by something of the whole batch are refused where they can be seen."""
+"""Losses that make one record's part depend on the others are refused where they can be seen."""
 
 from __future__ import annotations
 
@@ -69,6 +69,39 @@ def test_a_mean_over_weights_or_over_targets_that_count_is_refused(tmp_path, los
     with site.round() as rnd, pytest.raises(MisuseError, match='reduction="none"'):
         train(site, loss, spoil)
     withheld(site, rnd)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [nn.MSELoss(), nn.L1Loss(reduction="sum"), nn.HuberLoss(), nn.SmoothL1Loss(reduction="none")],
+    ids=lambda loss: type(loss).__name__,
+)
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.filterwarnings("ignore:Using a target size")  # torch warns, and goes on
+def test_a_loss_that_compares_everybody_with_everybody_is_refused(tmp_path, loss, named) -> None:
+    site = Site(tmp_path)
+    site.wrap()
+
+    def lost(output: Tensor, target: Tensor) -> Tensor:
+        flat = target.squeeze(1)  # (records,) beside (records, 1)
+        return loss(input=output, target=flat) if named else loss(output, flat)
+
+    with site.round() as rnd, pytest.raises(MisuseError, match="everybody's target"):
+        for x, y in site.loader:
+            lost(site.model(x), y).mean().backward()
+            site.optimizer.step()
+    withheld(site, rnd)
+
+
+def test_a_loss_by_value_with_targets_of_its_shape_passes(tmp_path) -> None:
+    site = Site(tmp_path)
+    site.wrap()
+    with site.round() as rnd:
+        for x, y in site.loader:
+            nn.MSELoss()(site.model(x), y).backward()
+            site.optimizer.step()
+    rnd.release()
+    assert len(site.events) == 1
 
 
 def test_what_the_error_says_to_write_keeps_the_bound() -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from sentinel import MisuseError
-from sentinel.dpsgd.layers import require_along_records
+from sentinel.dpsgd.layers import require_along_records, require_separate
 from sentinel.dpsgd.taps import OpenBatch
 
 from .test_training import IDS, Site, layered, withheld
@@ -165,6 +165,51 @@ def test_a_layer_that_works_along_the_records_is_refused_when_it_runs(tmp_path, 
     site.wrap(layered(layer))
     with pytest.raises(MisuseError, match="dimension 0"), site.round():
         site.train(3)
+
+
+class Named(nn.Softmax):
+    """A softmax under another name."""
+
+
+def test_a_subclass_works_along_what_its_parent_does(tmp_path) -> None:
+    site = Site(tmp_path)
+    with pytest.raises(MisuseError, match="dimension 0"):
+        site.wrap(layered(Named(dim=0)))
+
+
+def test_layers_that_compare_or_weigh_along_the_records_are_refused() -> None:
+    with pytest.raises(MisuseError, match="dimension 0"):
+        require_along_records(nn.Softmax2d(), 3)  # takes one picture, channels first
+    require_along_records(nn.Softmax2d(), 4)
+    with pytest.raises(MisuseError, match="dimension 0"):
+        require_separate("similar", nn.CosineSimilarity(dim=0))
+    attention = nn.MultiheadAttention(4, 2).requires_grad_(requires_grad=False)
+    with pytest.raises(MisuseError, match="batch_first"):
+        require_separate("attention", attention)
+    require_separate("attention", nn.MultiheadAttention(4, 2, batch_first=True))
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_hook_of_somebody_else_is_refused(tmp_path, kind, late) -> None:
+    """It might take the batch's mean off each record, or another factor into each gradient."""
+    site, model = Site(tmp_path), layered(nn.ReLU())
+
+    def hook(*_: object) -> None:
+        """Do what it likes."""
+
+    def add() -> None:
+        getattr(model[0], f"register_{kind}_hook")(hook)
+
+    if not late:
+        add()
+        with pytest.raises(MisuseError, match="handle.remove"):
+            site.wrap(model)
+        return
+    site.wrap(model)
+    with pytest.raises(MisuseError, match="handle.remove"), site.round():
+        add()
+        site.train(1)
 
 
 def test_a_softmax_without_a_dimension_is_refused_where_torch_takes_the_records() -> None:

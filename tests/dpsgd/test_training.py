@@ -663,6 +663,7 @@ class Mixed(nn.Module):
         (nn.Linear(4, 4).half(), "float32"),
         (nn.EmbeddingBag(4, 4), "EmbeddingBag"),
         (nn.Embedding(4, 4, max_norm=1.0), "Embedding"),
+        (nn.Embedding(4, 4, sparse=True), "sparse=False"),
         (nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "Linear"),
         (nn.DataParallel(nn.Linear(4, 4)), "DataParallel"),
         (nn.Softmax(dim=0), "dimension 0"),
@@ -721,6 +722,8 @@ def test_what_the_policy_does_not_promise_or_say_is_refused(tmp_path) -> None:
         patient.wrap(patients=IDS, max_records=15)
     with pytest.raises(MisuseError, match="loss_reduction"):
         patient.wrap(patients=IDS, loss_reduction="median")
+    with pytest.raises(MisuseError, match="protected less"):
+        Site(make(tmp_path / "records")).wrap(patients=IDS)
 
 
 def make(folder: Path) -> Path:

@@ -23,7 +23,7 @@ from sentinel.privacy import (
     total,
     weigh,
 )
-from sentinel.privacy.accounting import EXACT
+from sentinel.privacy.accounting import EXACT, WHOLE
 from sentinel.privacy.loss import LOSS
 from sentinel.privacy.renyi import RENYI
 from sentinel.terms import Adjacency, Slack, Unit
@@ -150,6 +150,21 @@ def test_the_smaller_accountant_is_shown_with_its_name() -> None:
     assert (quick.accountant, quick.epsilon) == (RENYI, found[RENYI])
     assert (tight.accountant, tight.epsilon) == (LOSS, found[LOSS])
     assert tight.epsilon < quick.epsilon
+
+
+@pytest.mark.parametrize("z", [0.06, 0.08, 0.5])
+@pytest.mark.parametrize("adjacency", list(Adjacency))
+def test_sampling_never_costs_more_than_whole_batches(z: float, adjacency: Adjacency) -> None:
+    """Where little noise defeats the other accountants, exact composition still bounds it."""
+    promise = Promise(Unit.PATIENT, adjacency, 8.0, 1e-5)
+    whole = total({training(z, 1.0, 3): 1}, promise)
+    sampled = total({training(z, 0.5, 3): 1}, promise)
+    assert sampled.epsilon <= whole.epsilon * (1 + 1e-6)
+    nearly = total({training(z, 1 - 1e-9, 3): 1}, promise, tight=True)
+    assert nearly.epsilon <= whole.epsilon * (1 + 1e-6)
+    if adjacency is ADD:  # who is replaced may have been in neither sample, which bounds the ratio
+        assert nearly.epsilon == pytest.approx(whole.epsilon, rel=1e-3)
+        assert nearly.accountant in {WHOLE, LOSS}
 
 
 def test_where_the_quick_accountant_is_better_it_is_kept() -> None:
