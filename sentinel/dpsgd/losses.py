@@ -2,8 +2,9 @@
 
 A mean that divides by the batch's sum of class weights, or by how many targets are not ignored,
 makes each record's gradient depend on who else is in the batch; so does a column of outputs beside
-a row of targets, which torch broadcasts to every pair of records. torch's loss modules are seen when
-they run; a loss that is a function or a formula is not (docs/private-training.md says what to do).
+a row of targets, which torch broadcasts to every pair of records. torch's loss modules are seen
+when they run; a loss that is a function or a formula is not (docs/private-training.md says what to
+do).
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ _EACH = (
 
 # Losses that take values one by one, and broadcast shapes that differ.
 _BY_VALUE = (
-    nn.MSELoss,
-    nn.L1Loss,
-    nn.SmoothL1Loss,
-    nn.HuberLoss,
-    nn.PoissonNLLLoss,
-    nn.KLDivLoss,
-    nn.SoftMarginLoss,
-    nn.HingeEmbeddingLoss,
+    nn.MSELoss
+    | nn.L1Loss
+    | nn.SmoothL1Loss
+    | nn.HuberLoss
+    | nn.PoissonNLLLoss
+    | nn.KLDivLoss
+    | nn.SoftMarginLoss
+    | nn.HingeEmbeddingLoss
 )
 
 
@@ -87,8 +88,7 @@ class LossWatch:
 
     def look(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """One module of whatever kind has run."""
-        counts = isinstance(layer, nn.CrossEntropyLoss | nn.NLLLoss) and layer.reduction == "mean"
-        if not counts and not isinstance(layer, _BY_VALUE):
+        if not isinstance(layer, nn.CrossEntropyLoss | nn.NLLLoss | _BY_VALUE):
             return
         named = [kwargs.get(name) for name in ("input", "log_input", "target") if name in kwargs]
         output, target = [*args, *named, None, None][:2]
@@ -96,7 +96,7 @@ class LossWatch:
             return
         if not (output.requires_grad or target.requires_grad):
             return
-        if counts:
+        if isinstance(layer, nn.CrossEntropyLoss | nn.NLLLoss):
             self._look_at_count(layer, target)
         elif output.shape != target.shape:
             self._found = MisuseError(
@@ -108,7 +108,7 @@ class LossWatch:
 
     def _look_at_count(self, layer: nn.CrossEntropyLoss | nn.NLLLoss, target: Tensor) -> None:
         """A mean over targets: what does it divide by?"""
-        if target.is_floating_point():  # shares of the classes: divided by the rows
+        if layer.reduction != "mean" or target.is_floating_point():  # shares: divided by the rows
             return
         kind = type(layer).__name__
         if layer.weight is not None:

@@ -82,7 +82,7 @@ def total(
         no event:                           epsilon 0, exact
         no Poisson sampling:                exact: one Gaussian mechanism (Dong, Roth, Su 2022), its
                                             epsilon by Balle and Wang 2018
-        with Poisson sampling:              the smaller of RDP and exact composition of whole batches
+        with Poisson sampling:              RDP, or exact composition of whole batches
         with Poisson sampling, `tight`:     the smallest of these and PLD
         noise multiplier below 0.05:        infinity; no accountant is asked
         shuffled epochs (sampling "none"):  as Gaussian mechanisms: no amplification
