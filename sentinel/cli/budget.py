@@ -56,7 +56,7 @@ def show(
     state = _state(state_dir)
     at = USUAL_DELTA if delta is None else delta
     with working("Adding up"):
-        promise = None if rules is None else account(state.ledger, rules, rounds)
+        promise = None if rules is None else account(state, rules, rounds)
         told = spending(state.ledger.rows(dataset), at, told=promise is None)
         report = {"datasets": told, "promise": promise}
     if as_json:

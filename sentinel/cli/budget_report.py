@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from sentinel.policy import Policy
     from sentinel.privacy import Ledger, Promise, PromisedEvent, Row, Spent, UnboundedEvent
+    from sentinel.state import StateFolder
 
     Counted = Mapping[PromisedEvent | UnboundedEvent, int]
 
@@ -44,14 +45,16 @@ def spending(rows: list[Row], delta: float, *, told: bool) -> dict[str, Any]:
     return found
 
 
-def account(ledger: Ledger, policy: Policy, rounds: int) -> dict[str, Any] | None:
+def account(state: StateFolder, policy: Policy, rounds: int) -> dict[str, Any] | None:
     """What is spent and left of a policy's promise, by policy and by round; None without one."""
     from sentinel.house import promise_of
 
     promise = promise_of(policy)
     if promise is None:
         return None
+    ledger = state.ledger
     rows = ledger.rows(policy.dataset)
+    numbers = _numbers(state) if rounds else {}
     listed = set(range(max(0, len(rows) - rounds), len(rows)))
     spread = (
         {(len(rows) - 1) * point // (_POINTS - 1) for point in range(_POINTS)} if rows else set()
@@ -62,7 +65,7 @@ def account(ledger: Ledger, policy: Policy, rounds: int) -> dict[str, Any] | Non
         **_summary(ledger.counted(policy.dataset), policy.dataset, promise),
         "curve_accountant": ledger.spent(policy.dataset, promise).accountant,
         "by_policy": _by_policy(rows, promise),
-        "by_round": [_round(rows[place], after[place]) for place in sorted(listed)],
+        "by_round": [_round(rows[place], after[place], numbers) for place in sorted(listed)],
         "curve": curve,
     }
 
@@ -223,8 +226,18 @@ def _by_policy(rows: Iterable[Row], promise: Promise) -> dict[str, Any]:
     return found
 
 
-def _round(row: Row, after: Spent) -> dict[str, Any]:
+def _numbers(state: StateFolder) -> dict[str, int]:
+    """What the federation called each round that the audit log names, by the ledger's key."""
+    from sentinel.audit import read_log
+    from sentinel.audit.records import RoundOpened
+
+    records = (entry.record for entry in read_log(state.audit, torn_end=True))
+    return {one.round: one.number for one in records if isinstance(one, RoundOpened)}
+
+
+def _round(row: Row, after: Spent, numbers: Mapping[str, int]) -> dict[str, Any]:
     return {
+        "number": numbers.get(row.round),
         "round": row.round,
         "at": row.at,
         "policy": row.policy,

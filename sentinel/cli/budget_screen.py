@@ -161,7 +161,7 @@ def _rounds(promise: dict[str, Any]) -> Table:
     for entry in promise["by_round"]:
         event, epsilon = entry["event"], entry["epsilon_after"]
         table.add_row(
-            entry["round"][:_KEY],
+            entry["round"][:_KEY] if entry["number"] is None else str(entry["number"]),
             _day(entry["at"]),
             _kind(event),
             f"{event['noise_multiplier']:g}" if "noise_multiplier" in event else "",

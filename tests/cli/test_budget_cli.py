@@ -7,8 +7,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from sentinel import Guard
 from sentinel.cli.main import app
 from sentinel.privacy import (
     Charge,
@@ -298,6 +300,19 @@ def test_a_dataset_that_is_not_the_policys_is_misuse(charge, run) -> None:
     assert run("show", "--dataset", "d", "--policy", "site.toml").exit_code == 0
     assert json.loads(run("show", "--dataset", "e", "--json").output)["datasets"] == {}
     assert run("show", "--dataset", "e", "--policy", "site.toml").exit_code == 2
+
+
+def test_rounds_have_the_number_that_the_federation_gave_them(run, folder) -> None:
+    guard = Guard(folder / "site.toml", folder / "state")
+    before = {"w": torch.zeros(6)}
+    for number in (7, 8):
+        with guard.round(number, before, patients=12000) as opened:
+            pass
+        opened.release({"w": torch.ones(6)})
+    rounds = json.loads(run("show", "--policy", "site.toml", "--json").output)["promise"]["by_round"]
+    assert [entry["number"] for entry in rounds] == [7, 8]
+    shown = run("show", "--policy", "site.toml").output
+    assert all(entry["round"][:8] not in shown for entry in rounds)
 
 
 def test_forecast_says_how_many_rounds_the_ledger_will_allow(charge, run, folder) -> None:
