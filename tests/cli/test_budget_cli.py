@@ -309,7 +309,8 @@ def test_rounds_have_the_number_that_the_federation_gave_them(run, folder) -> No
         with guard.round(number, before, patients=12000) as opened:
             pass
         opened.release({"w": torch.ones(6)})
-    rounds = json.loads(run("show", "--policy", "site.toml", "--json").output)["promise"]["by_round"]
+    told = json.loads(run("show", "--policy", "site.toml", "--json").output)
+    rounds = told["promise"]["by_round"]
     assert [entry["number"] for entry in rounds] == [7, 8]
     shown = run("show", "--policy", "site.toml").output
     assert all(entry["round"][:8] not in shown for entry in rounds)
