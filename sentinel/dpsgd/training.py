@@ -251,7 +251,9 @@ class PrivateTraining:
                 MisuseError(
                     "A batch came without an optimizer.step() on the one before. Take one step on "
                     "every batch, also on one that looks odd: to skip it would be a choice by the "
-                    "data, which the promise does not cover."
+                    "data, which the promise does not cover. To add up the gradients of several "
+                    "batches, set a larger privacy.batch in the policy; max_records gives it out "
+                    "in pieces that fit into memory."
                 )
             )
         if self._stage is not _Stage.OPEN:
