@@ -41,6 +41,7 @@ from sentinel.mechanism import GaussianMechanism, Prepared, prepare, transform
 from sentinel.policy import decide, let_out
 from sentinel.privacy import Charge, DpSgdEvent, Head, UnboundedEvent
 from sentinel.releases import Ending, Fate
+from sentinel.source import Differences
 from sentinel.terms import GENESIS, Action, Evidence, Plan, Reason, Sharpness, Unit
 from sentinel.update import Kind, State, Update, model_digest
 
@@ -332,7 +333,8 @@ def _base_mechanism(house: House, update: Update, event: Event, rooms: Rooms) ->
     if privacy is None or privacy.unit is not Unit.SITE:
         return Outgoing(update, 0.0, event, rooms)
     mechanism = GaussianMechanism(privacy.clip_norm, privacy.noise_multiplier)
-    noised, squares = mechanism.apply(update.deltas, update.squares, house.entropy(), rooms)
+    assert isinstance(update.deltas, Differences)  # noqa: S101 - raw ones, as they were read
+    noised, squares = mechanism.apply(update.deltas, house.entropy(), rooms)
     # The raw differences and their sums go no further.
     return Outgoing(replace(update, deltas=noised, squares=squares), mechanism.std, event, rooms)
 

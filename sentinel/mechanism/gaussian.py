@@ -12,11 +12,9 @@ from sentinel.mechanism.recipe import Recipe
 from sentinel.memory import room
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from sentinel.mechanism.entropy import Entropy
     from sentinel.memory import Rooms
-    from sentinel.source import Held, Source
+    from sentinel.source import Differences, Held
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +39,7 @@ class GaussianMechanism:
         `apply` to an update without values:        nothing comes out, and nothing is drawn
         a 0-d tensor:                               one coordinate
         a norm over C:                              brought to C less the reach of the grid
-        a norm that is NaN, Inf or beyond float64:  ValueError; nothing is drawn
+        a norm that is beyond float64:              ValueError; nothing is drawn
         C or the multiplier 0, below 0, NaN or Inf: ValueError; nothing is drawn
     """
 
@@ -55,25 +53,25 @@ class GaussianMechanism:
 
     def apply(
         self,
-        deltas: Source,
-        squares: Mapping[str, float],
+        deltas: Differences,
         entropy: Entropy,
         rooms: Rooms = room,
     ) -> tuple[Held, dict[str, float]]:
         """Clip and noise `deltas`: what comes out, and its sums of squares.
 
         Args:
-            deltas: float32 or float64, any shapes; read only.
-            squares: sum of squares of each.
+            deltas: float32 or float64, any shapes; read only. They know their own norm, and give
+                out no value but those that it was measured on.
             entropy: where the noise comes from.
             rooms: where the memory for the result comes from.
 
         Raises:
-            ValueError: a sum of squares that is not finite, or a grid that cannot be had.
+            ValueError: a norm that is not finite, or a grid that cannot be had.
+            Withheld: LOCAL_MODEL_CHANGED, where they were changed since they were measured.
         """
         coordinates = sum(deltas.sizes.values())
         step = grid_step(self.clip_norm, coordinates, self.std)
         tightened = self.clip_norm - rounding_reach(step, coordinates)
-        factor = clip_factor(squares.values(), tightened)
+        factor = clip_factor(deltas.squares.values(), tightened)
         recipe = Recipe(factor=factor, std=self.std, step=step)
         return treat_all(deltas, dict.fromkeys(deltas, recipe), entropy, rooms)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sentinel.chunks import sum_of_squares
+from sentinel.errors import Withheld
 from sentinel.mechanism import (
     GaussianMechanism,
     Recipe,
@@ -22,8 +23,10 @@ from sentinel.mechanism import (
     treat_all,
 )
 from sentinel.source import Held
-from sentinel.terms import Action, NormBound, Plan, Treatment
+from sentinel.terms import Action, NormBound, Plan, Reason, Treatment
 from sentinel.update import Role, Update
+
+from .moves import moved_by
 
 
 @pytest.mark.parametrize("squares", [[1e308, 1e308], [1.7e308] * 20, [math.inf, 1.0]])
@@ -118,20 +121,28 @@ def test_a_promise_without_noise_or_bound_treats_nothing(bad: float) -> None:
     tensors = {"a": torch.ones(3)}
     for mechanism in (GaussianMechanism(bad, 1.0), GaussianMechanism(1.0, bad)):
         with pytest.raises(ValueError, match=r"above 0|wide"):
-            mechanism.apply(Held(tensors), sums(tensors), Dry())
+            mechanism.apply(moved_by(tensors), Dry())
     assert tensors["a"].tolist() == [1.0] * 3
 
 
-@pytest.mark.parametrize("values", [[math.nan, 1.0], [math.inf, 1.0], [1e200, 1.0]])
-def test_a_promise_on_what_cannot_be_measured_draws_nothing(values: list[float]) -> None:
-    tensors = {"a": torch.tensor(values, dtype=torch.float64)}
+def test_a_promise_on_what_cannot_be_measured_draws_nothing() -> None:
+    tensors = {name: torch.tensor([1e154], dtype=torch.float64) for name in "ab"}
     with pytest.raises(ValueError, match="not finite"):
-        GaussianMechanism(1.0, 1.0).apply(Held(tensors), sums(tensors), Dry())
+        GaussianMechanism(1.0, 1.0).apply(moved_by(tensors), Dry())
+
+
+def test_a_promise_on_what_grew_since_it_was_measured_gives_nothing(fixed_entropy) -> None:
+    tensors = {"a": torch.ones(1000)}
+    deltas = moved_by(tensors)
+    tensors["a"].mul_(1e3)
+    with pytest.raises(Withheld) as caught:
+        GaussianMechanism(1.0, 1.0).apply(deltas, fixed_entropy(1))
+    assert caught.value.reason is Reason.LOCAL_MODEL_CHANGED
 
 
 @pytest.mark.parametrize("tensors", [{}, {"none": torch.zeros(0, 3)}], ids=["none", "empty"])
 def test_what_has_no_values_needs_no_draws(tensors: dict[str, torch.Tensor]) -> None:
-    made, squares = GaussianMechanism(1.0, 1.0).apply(Held(tensors), sums(tensors), Dry())
+    made, squares = GaussianMechanism(1.0, 1.0).apply(moved_by(tensors), Dry())
     assert {name: made[name].shape for name in made} == {n: t.shape for n, t in tensors.items()}
     assert squares == dict.fromkeys(tensors, 0.0)
     recipes = dict.fromkeys(tensors, Recipe(std=1.0, step=2.0**-20, keep=0.5))
@@ -142,9 +153,7 @@ def test_what_has_no_values_needs_no_draws(tensors: dict[str, torch.Tensor]) -> 
 def test_a_0d_tensor_is_one_coordinate_and_gets_one_draw(fixed_entropy) -> None:
     for make in (
         lambda t: treat_all(Held({"": t}), {"": Recipe(std=1.0, step=2.0**-20)}, fixed_entropy(1)),
-        lambda t: GaussianMechanism(8.0, 0.125).apply(
-            Held({"": t}), sums({"": t}), fixed_entropy(1)
-        ),
+        lambda t: GaussianMechanism(8.0, 0.125).apply(moved_by({"": t}), fixed_entropy(1)),
     ):
         (one, squares), (row, _) = make(torch.tensor(3.0)), make(torch.tensor([3.0]))
         assert one[""].shape == ()

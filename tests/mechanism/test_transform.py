@@ -13,6 +13,8 @@ from sentinel.source import Held
 from sentinel.terms import Action, NormBound, Plan, Treatment
 from sentinel.update import Role, Update
 
+from .moves import moved_by
+
 
 def run(
     deltas: dict,
@@ -113,9 +115,8 @@ def test_the_stricter_treatment_of_a_tied_name_counts(fixed_entropy) -> None:
 
 def test_the_base_mechanism_clips_to_the_grid_and_adds_its_noise(fixed_entropy) -> None:
     deltas = {"a": torch.full((50_000,), 3.0), "b": torch.tensor(3.0)}
-    squares = {name: sum_of_squares(delta) for name, delta in deltas.items()}
     mechanism = GaussianMechanism(clip_norm=2.0, noise_multiplier=0.5)
-    noised, _ = mechanism.apply(Held(deltas), squares, fixed_entropy(4))
+    noised, _ = mechanism.apply(moved_by(deltas), fixed_entropy(4))
     assert noised["a"].std().item() == pytest.approx(1.0, rel=0.02)
     expected = 2.0 / math.sqrt(50_001)
     assert noised["a"].mean().item() == pytest.approx(expected, abs=0.02)
@@ -135,12 +136,11 @@ def test_the_base_mechanism_moves_the_noise_by_no_more_than_the_clip_norm(
     else:
         for delta in deltas.values():
             delta.copy_(size * torch.randn(301, generator=generator, dtype=torch.float64))
-    squares = {name: sum_of_squares(delta) for name, delta in deltas.items()}
-    raw = math.sqrt(sum(squares.values()))
+    raw = math.sqrt(sum(map(sum_of_squares, deltas.values())))
     nothing = {name: torch.zeros_like(delta) for name, delta in deltas.items()}
     mechanism = GaussianMechanism(clip_norm, noise_multiplier=1.0)
-    noised, _ = mechanism.apply(Held(deltas), squares, fixed_entropy(6))
-    bare, _ = mechanism.apply(Held(nothing), dict.fromkeys(nothing, 0.0), fixed_entropy(6))
+    noised, _ = mechanism.apply(moved_by(deltas), fixed_entropy(6))
+    bare, _ = mechanism.apply(moved_by(nothing), fixed_entropy(6))
     moved = math.sqrt(sum(sum_of_squares(noised[name] - bare[name]) for name in deltas))
     assert moved <= clip_norm * (1 + 1e-12)
     assert moved >= 0.999 * min(raw, clip_norm) - clip_norm * 2**-11
@@ -148,8 +148,7 @@ def test_the_base_mechanism_moves_the_noise_by_no_more_than_the_clip_norm(
 
 def test_an_all_zero_update_still_gets_noise(fixed_entropy) -> None:
     deltas = {"a": torch.zeros(1000), "none": torch.zeros(0)}
-    squares = {"a": 0.0, "none": 0.0}
-    noised, _ = GaussianMechanism(1.0, 1.0).apply(Held(deltas), squares, fixed_entropy(5))
+    noised, _ = GaussianMechanism(1.0, 1.0).apply(moved_by(deltas), fixed_entropy(5))
     assert noised["a"].std().item() == pytest.approx(1.0, rel=0.1)
 
 
