@@ -171,7 +171,8 @@ class Ledger:
             The new head.
 
         Raises:
-            Withheld: BUDGET_EXHAUSTED, PROMISE_NOT_KEPT or RATE_LIMITED; then nothing was written.
+            Withheld: BUDGET_EXHAUSTED, PROMISE_NOT_KEPT, RATE_LIMITED or LEDGER_DAMAGED; then
+                nothing was written.
 
         Guarantees:
             What is returned is on disk. Check and charge are one transaction: processes come one
@@ -187,6 +188,7 @@ class Ledger:
             no promise:                                  written; the dataset's lifetime promises
                                                          are void from here on
             as many charges as `per_day` in 24 hours:    RATE_LIMITED, nothing written
+            the last row changed under an open ledger:   LEDGER_DAMAGED, nothing written
             several processes at once:                   one after the other, check and charge
             killed at any instant:                       written whole, or not at all
         """
@@ -333,8 +335,23 @@ def _head(db: sqlite3.Connection) -> Head:
     return Head(0, GENESIS) if row is None else Head(*row)
 
 
+def _sound_head(db: sqlite3.Connection) -> Head:
+    """The head, where its row still is what was hashed: an open ledger is not verified each time.
+
+    Raises:
+        Withheld: LEDGER_DAMAGED.
+    """
+    rows = db.execute("SELECT * FROM event ORDER BY seq DESC LIMIT 2").fetchall()
+    if not rows:
+        return Head(0, GENESIS)
+    last, earlier = rows[0], GENESIS if len(rows) == 1 else rows[1][-1]
+    if last[-1] != _hash(earlier, last[:-1]):
+        raise _damaged(f"has a row that was changed or removed, at {last[0]}")
+    return Head(last[0], last[-1])
+
+
 def _append(db: sqlite3.Connection, charge: Charge) -> Head:
-    before = _head(db)
+    before = _sound_head(db)
     values = (
         before.seq + 1,
         charge.at,

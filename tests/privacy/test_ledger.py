@@ -398,6 +398,25 @@ def test_a_row_that_was_changed_or_removed_stops_everything(tmp_path: Path, dama
     assert caught.value.reason is Reason.LEDGER_DAMAGED
 
 
+@pytest.mark.parametrize("change", ["event = replace(event, '20.0', '90.0')", "dataset = 'd2'"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_row_that_is_changed_while_the_ledger_is_open_ends_all_charges(
+    tmp_path: Path, change: str, rows: int
+) -> None:
+    path = tmp_path / "l"
+    ledger = Ledger(path)
+    for _ in range(rows):
+        ledger.charge(charge(), PROMISE)
+    with sqlite3.connect(path) as db:
+        db.execute(f"UPDATE event SET {change} WHERE seq = {rows}")  # noqa: S608 - a test's own
+    for _ in range(2):
+        with pytest.raises(Withheld) as caught:
+            ledger.charge(charge(), None)
+        assert caught.value.reason is Reason.LEDGER_DAMAGED
+    with sqlite3.connect(path) as db:
+        assert db.execute("SELECT count(*) FROM event").fetchone() == (rows,)
+
+
 def test_a_file_that_is_no_ledger_is_refused_and_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "l"
     path.write_bytes(b"something else" * 1000)
