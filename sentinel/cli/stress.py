@@ -251,8 +251,8 @@ def _print(result: Result) -> None:
         say("The attacker of members could not see even a planted record: it says nothing here.")
     if (assurance := words.assurance(result)) is not None:
         say(assurance)
-    if result.partial:
-        say("Partial: less was done than planned; the report lists what was not.")
+    if (short := words.partial(result)) is not None:
+        say(f"{short} The report lists what was not tried.")
 
 
 @app.command("calibrate")

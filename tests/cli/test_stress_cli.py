@@ -281,7 +281,7 @@ def test_the_demo_does_what_it_planned_within_five_minutes(tmp_path: Path) -> No
     """On an idle machine of two cores. Whether a leak is seen is up to the guard's noise."""
     exit_code, found = demo(tmp_path)
     assert exit_code == int(any(subject["leaks"] for subject in found["subjects"]))
-    assert not found["partial"]
+    assert not any(row["partial"] for subject in found["subjects"] for row in subject["attacks"])
     assert not any(subject["control_missed"] for subject in found["subjects"])
     assert not [row for subject in found["subjects"] for row in subject["attacks"] if row["error"]]
     assert sum(subject["seconds"] for subject in found["subjects"]) < 290

@@ -96,9 +96,8 @@ def _subject(result: Result, *, redacted: bool) -> str:
 
 
 def _partial(result: Result) -> str:
-    if not result.partial:
-        return ""
-    return '<p class="note"><strong>Partial report.</strong> Less was done than planned.</p>'
+    said = words.partial(result)
+    return "" if said is None else f'<p class="note"><strong>{escape(said)}</strong></p>'
 
 
 def _figures(result: Result) -> str:

@@ -50,14 +50,23 @@ def _subject(result: Result) -> dict[str, Any]:
         "inconclusive": result.inconclusive,
         "control_missed": result.blind,
         "partial": result.partial,
+        "more_time_would_help": result.short,
         "interrupted": result.interrupted,
         "seconds": round(result.seconds, 1),
         "budget_seconds": result.budget,
         "attacks": [_row(row) for row in result.rows],
-        "not_tried": [{"what": one.what, "why": one.why} for one in result.skipped],
+        "not_tried": not_tried(result),
         "never_tried": list(words.NEVER_TRIED),
         "curves": None if result.curves is None else _curves(result.curves),
     }
+
+
+def not_tried(result: Result) -> list[dict[str, Any]]:
+    """What was not tried, why, and whether more time would have it tried."""
+    return [
+        {"what": one.what, "why": one.why, "for_want_of_time": one.of_time}
+        for one in result.skipped
+    ]
 
 
 def _row(row: Row) -> dict[str, Any]:

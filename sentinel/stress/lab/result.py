@@ -59,10 +59,15 @@ class Row:
     @property
     def partial(self) -> bool:
         """Whether less was done than planned."""
+        return self.cut or self.error is not None
+
+    @property
+    def cut(self) -> bool:
+        """Whether less was done than planned for want of time."""
         sides = (self.raw, self.policy, self.alone)
-        cut = any(side.finding is not None and side.finding.cut for side in sides)
-        made = self.raw.updates + self.diverged
-        return cut or self.error is not None or made < self.item.updates
+        if any(side.finding is not None and side.finding.cut for side in sides):
+            return True
+        return self.error is None and self.raw.updates + self.diverged < self.item.updates
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +148,19 @@ class Result:
 
     @property
     def partial(self) -> bool:
-        """Whether less was done than planned."""
-        short = self.curves is not None and len(self.curves.points) < self.curves.planned
-        return self.ended_early or short or any(row.partial for row in self.rows)
+        """Whether less was done than there is to do on this model and data."""
+        return self.interrupted or self.short or any(row.partial for row in self.rows)
+
+    @property
+    def short(self) -> bool:
+        """Whether more time would have more done; what cannot be tried here is no part of it."""
+        curves = self.curves is not None and len(self.curves.points) < self.curves.planned
+        return bool(self.dropped) or curves or any(row.cut for row in self.rows)
+
+    @property
+    def dropped(self) -> tuple[Skipped, ...]:
+        """What was not tried for want of time."""
+        return tuple(one for one in self.skipped if one.of_time)
 
     @property
     def confidence(self) -> float:

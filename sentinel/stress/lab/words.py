@@ -123,6 +123,23 @@ def assurance(result: Result) -> str | None:
     )
 
 
+def partial(result: Result) -> str | None:
+    """Why a report is partial, and whether more time would help; None where it is not."""
+    if not result.partial:
+        return None
+    said = ["This report is partial."]
+    if result.interrupted:
+        said.append("The test was stopped.")
+    if any(row.error is not None for row in result.rows):
+        said.append("An attack ended with an error.")
+    if result.short and not result.interrupted:
+        count = len(result.dropped)
+        left = f"{count} of the things to try {'was' if count == 1 else 'were'} left out"
+        short = left if count else "Some of it was cut short"
+        said.append(f"{short} for want of time: with a larger --budget more is tried.")
+    return " ".join(said)
+
+
 def tried(result: Result) -> list[tuple[str, str, str]]:
     """Rows of (attack, what it looks for, what it knows) for everything that ran."""
     names = dict.fromkeys(row.item.attack for row in result.rows)
@@ -205,8 +222,7 @@ def _fooled(result: Result) -> str | None:
 
 
 def _short(result: Result) -> str:
-    why = "It was stopped" if result.interrupted else "The time was up"
     return (
-        f"This report is partial. {why} after {result.seconds:.0f} s; what was cut short is "
-        "marked, and what was not tried is listed below."
+        f"{partial(result)} It took {result.seconds:.0f} s; what was cut short is marked, and what "
+        "was not tried is listed below."
     )

@@ -17,6 +17,7 @@ from sentinel.stress.lab.finding import Exhibit, Finding, Tally
 from sentinel.stress.lab.knobs import Knob, Turned
 from sentinel.stress.lab.page import page
 from sentinel.stress.lab.record import record
+from sentinel.stress.lab.plan import Skipped
 from sentinel.stress.lab.redact import BLOCKS, error_map, error_words
 from sentinel.stress.lab.result import Curves, Point, Result, Side
 from sentinel.stress.lab.runner import Options, run_lab
@@ -278,7 +279,15 @@ def test_the_strongest_read_out_is_shown_even_where_nothing_of_it_left(rows) -> 
 
 
 def test_a_partial_result_is_called_partial(rows) -> None:
-    assert "Partial report" in page([replace(rows, interrupted=True)], "here", redacted=True)
+    html = page([replace(rows, interrupted=True)], "here", redacted=True)
+    assert "This report is partial. The test was stopped." in html
+    late = Skipped("rows: more records", "no time", of_time=True)
+    left = replace(rows, interrupted=False, curves=None, skipped=(late,))
+    assert "larger --budget" in page([left], "here", redacted=True)
+    told = record([left])
+    assert told["partial"]
+    assert told["subjects"][0]["more_time_would_help"]
+    assert told["subjects"][0]["not_tried"][0]["for_want_of_time"]
 
 
 def test_what_was_not_tried_is_listed(rows) -> None:
