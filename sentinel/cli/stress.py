@@ -103,7 +103,7 @@ def stress_command(
         else:
             results = [_run(str(model), str(data), str(policy), names, minutes * 60, seed, curves)]
     if not any(result.rows for result in results):
-        say_error("Nothing was measured, so that nothing was written. Give it more time.")
+        _tell_unmeasured(results, as_json=as_json)
         raise typer.Exit(REFUSED)
     _write(results, out, redact=redact, as_json=as_json)
     if not all(_passes(result) for result in results):
@@ -122,6 +122,17 @@ def _stoppable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, former)
+
+
+def _tell_unmeasured(results: list[Result], *, as_json: bool) -> None:
+    from sentinel.stress.lab import words
+    from sentinel.stress.lab.record import not_tried
+
+    said = words.unmeasured(results)
+    say_error("\n".join(said))
+    if as_json:
+        reasons = [one for result in results for one in not_tried(result)]
+        print_json({"error": said[0], "not_tried": reasons})
 
 
 def _passes(result: Result) -> bool:

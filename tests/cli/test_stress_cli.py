@@ -151,6 +151,29 @@ def test_nothing_to_be_said_is_no_pass(site: Path) -> None:
     assert "othing" in result.output
 
 
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_what_fits_nowhere_is_told_with_its_reason_and_not_as_want_of_time(site, options) -> None:
+    command = ["stress", *NAMES, *policy(site), "--attacks", "labels", "--no-curves", *options]
+    result = runner.invoke(app, command)
+    assert result.exit_code == 1
+    assert "it takes a model with an output for each class" in result.stderr
+    assert "more time" not in result.stderr
+    assert not (site / "stress-output").exists()
+    if options:
+        found = json.loads(result.stdout)
+        assert found["error"].startswith("Nothing was measured")
+        assert "labels" in found["not_tried"][-1]["what"]
+        assert "an output for each class" in found["not_tried"][-1]["why"]
+
+
+def test_a_time_too_short_for_anything_is_told_as_want_of_time(site: Path, monkeypatch) -> None:
+    monkeypatch.setattr("sentinel.stress.lab.runner._Lab._try", lambda *_: None)
+    result = runner.invoke(app, ["stress", *NAMES, *policy(site), *SHORT])
+    assert result.exit_code == 1
+    assert "more time with --budget" in result.stderr
+    assert result.stderr.count("\n") < 10
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_test_writes_a_partial_report_and_leaves_nothing(site: Path, number) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sentinel.stress.records import Records
 
 MOST_UPDATES = 24  # under one condition
+_SERVER = "server "
 LEAST_GROUP = 8  # records of which a majority says anything
 AVERAGED = 128  # records behind an update of several local epochs, where there are so many
 VIEWS = 2  # an update is attacked raw, and as released or as clip and noise leave it
@@ -72,6 +73,11 @@ class Skipped:
     what: str
     why: str
     of_time: bool = False
+
+    @property
+    def of_server(self) -> bool:
+        """Whether it is a server that was left out, and not an attack."""
+        return self.what.startswith(_SERVER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +132,7 @@ def make_plan(
     skipped += _groupless(subject, chosen)
     servers_out = [
         # More time is of no use to servers where no attack fits.
-        Skipped(f"server {name}", why, of_time=why == PATIENCE and bool(items))
+        Skipped(f"{_SERVER}{name}", why, of_time=why == PATIENCE and bool(items))
         for name, why in unfit.items()
         if why is not None
     ]

@@ -8,8 +8,12 @@ from sentinel.stress.lab.attacks import ATTACKS
 from sentinel.stress.lab.servers import ALONE_NOTHING, SERVERS
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from sentinel.stress.lab.finding import Tally
     from sentinel.stress.lab.result import Result, Row, Side
+
+_REASONS = 5  # that are printed where nothing was measured
 
 # What no part of this test tries, whatever the plan.
 NEVER_TRIED = (
@@ -24,7 +28,9 @@ NEVER_TRIED = (
 def verdict(result: Result) -> str:
     """The one sentence at the top."""
     if not result.rows:
-        return "Nothing was measured: no attack was through before the test ended."
+        timely = result.dropped or result.interrupted
+        why = "was through before the test ended" if timely else "fits this model and data"
+        return f"Nothing was measured: no attack {why}."
     if result.withheld_entirely:
         return (
             "The policy let no update out, so the server got nothing from this site, and the "
@@ -121,6 +127,20 @@ def assurance(result: Result) -> str | None:
         f"at most, under the condition that leaves most open: {told}; 95 % for all comparisons "
         "together."
     )
+
+
+def unmeasured(results: Sequence[Result]) -> list[str]:
+    """Why nothing was measured: a sentence, some of the reasons, and what would help."""
+    attacks = [one for result in results for one in result.skipped if not one.of_server]
+    said = ["Nothing was measured, so that nothing was written."]
+    said += [f"  {one.what}: {one.why}." for one in attacks[:_REASONS]]
+    if (more := len(attacks) - _REASONS) > 0:
+        said.append(f"  And {more} more.")
+    if any(result.interrupted for result in results):
+        said.append("The test was stopped.")
+    elif any(one.of_time for one in attacks):
+        said.append("Give it more time with --budget.")
+    return said
 
 
 def partial(result: Result) -> str | None:
