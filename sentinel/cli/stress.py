@@ -86,7 +86,8 @@ def stress_command(
     """Attack your own updates, raw and as the policy lets them out.
 
     Exit code 1 where an attacker got something out of what was released, where everything was
-    withheld or nothing can be said, or where the test was stopped.
+    withheld, where the test is inconclusive (too little was measured to exclude a gain above 0.5)
+    or was stopped.
     """
     if ctx.invoked_subcommand is not None:
         return
@@ -254,9 +255,13 @@ def _print(result: Result) -> None:
             told = row.item.setting
             say(told.words, "dim")
         raw = f"error: {row.error}" if row.error is not None else words.figure(row.raw)
-        partial = ", partial" if row.partial else ""
-        say(f"  {row.item.attack:<12}{raw:<24}{words.figure(row.policy)}{partial}")
+        marks = ["partial" * row.partial, words.mark(result, row)]
+        said = ", ".join([words.figure(row.policy), *filter(None, marks)])
+        say(f"  {row.item.attack:<12}{raw:<24}{said}")
     say("In brackets: what knowing nothing gives; for membership, others called members.", "dim")
+    for mark in dict.fromkeys(words.mark(result, row) for row in result.rows):
+        if mark:
+            say(f"{mark[0].upper()}{mark[1:]}: {words.MARKS[mark]}.", "dim")
     say(words.verdict(result))
     if result.blind:
         say("The attacker of members could not see even a planted record: it says nothing here.")

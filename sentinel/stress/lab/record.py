@@ -54,7 +54,7 @@ def _subject(result: Result) -> dict[str, Any]:
         "interrupted": result.interrupted,
         "seconds": round(result.seconds, 1),
         "budget_seconds": result.budget,
-        "attacks": [_row(row) for row in result.rows],
+        "attacks": [_row(result, row) for row in result.rows],
         "not_tried": not_tried(result),
         "never_tried": list(words.NEVER_TRIED),
         "curves": None if result.curves is None else _curves(result.curves),
@@ -69,7 +69,7 @@ def not_tried(result: Result) -> list[dict[str, Any]]:
     ]
 
 
-def _row(row: Row) -> dict[str, Any]:
+def _row(result: Result, row: Row) -> dict[str, Any]:
     setting = row.item.setting
     return {
         "attack": row.item.attack,
@@ -82,6 +82,9 @@ def _row(row: Row) -> dict[str, Any]:
         "updates_diverged": row.diverged,
         "partial": row.partial,
         "error": row.error,
+        "error_kind": None if row.error is None else words.failure(row.error),
+        "proves_nothing": row.proves_nothing,
+        "shows_too_little": result.leaves_open(row),
         "raw": _side(row.raw),
         "released": _side(row.policy),
         "had_the_guard_been_fooled": _side(row.alone),

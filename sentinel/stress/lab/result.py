@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from sentinel.stress.lab.utility import Utility
 
 CONFIDENCE = 0.95
+MOST_OPEN = 0.5  # gain that a comparison may leave open and still show something
+LEAST_COUNT = 6  # values from which a comparison may show something
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,13 @@ class Row:
     def partial(self) -> bool:
         """Whether less was done than planned."""
         return self.cut or self.error is not None
+
+    @property
+    def proves_nothing(self) -> bool:
+        """Whether the attack was not seen to get anything without a guard, let alone with one."""
+        if self.raw.finding is None:
+            return False
+        return not any(tally.leaks(CONFIDENCE) for tally in self.raw.finding.tallies)
 
     @property
     def cut(self) -> bool:
@@ -194,8 +203,28 @@ class Result:
 
     @property
     def inconclusive(self) -> bool:
-        """Whether nothing can be said: no leak, and no attack on a released update was through."""
-        return not self.through and not self.leaks and not self.withheld_entirely
+        """Whether no leak was seen and none is excluded.
+
+        Either no attack that works without a guard was through on a released update, or one that
+        was leaves too much open.
+        """
+        shown = self.through and not self.unshown
+        return not shown and not self.leaks and not self.withheld_entirely
+
+    @property
+    def unshown(self) -> tuple[Row, ...]:
+        """Attacks on released updates that were through, and of too few records to show anything.
+
+        Their main measure has fewer than LEAST_COUNT values, or leaves a gain above MOST_OPEN open.
+        """
+        return tuple(row for row in self._ended if self.leaves_open(row))
+
+    def leaves_open(self, row: Row) -> bool:
+        """Whether what was let out may have given nearly anything away, for all this row shows."""
+        if row.policy.finding is None:
+            return False
+        tally = row.policy.finding.main
+        return len(tally.values) < LEAST_COUNT or tally.open_gain(self.confidence) > MOST_OPEN
 
     @property
     def control(self) -> Tally | None:
@@ -216,8 +245,13 @@ class Result:
     def through(self) -> tuple[Row, ...]:
         """Attacks on released updates that say something where they found nothing.
 
-        None that was cut short, and none that is blind.
+        None that was cut short, none that is blind, and none that fails without a guard too.
         """
+        return tuple(row for row in self._ended if not row.proves_nothing)
+
+    @property
+    def _ended(self) -> tuple[Row, ...]:
+        """Attacks on released updates that were neither cut short nor blind."""
         blind = {
             row.item.attack
             for row in self.rows

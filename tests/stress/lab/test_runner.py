@@ -219,6 +219,7 @@ def test_an_attack_that_fails_is_told_by_type_alone(table, plain, monkeypatch, s
     assert {row.error for row in result.rows} == {"RuntimeError"}
     assert result.partial
     assert "Smith" not in repr(result)
+    assert "The attack rows failed: torch refused one of its steps" in partial(result)
 
 
 def test_the_same_seed_attacks_the_same_records(table, plain, stop_after) -> None:
