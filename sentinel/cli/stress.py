@@ -324,9 +324,9 @@ def _tell_calibrated(found: Calibrated, out: Path, *, as_json: bool) -> None:
         knobs = {"keep": found.keep, "max_norm": found.max_norm}
         knobs |= {"noise_ratio": found.noise_ratio} if reached else {}
         told = {"reached": reached, "cut": found.cut, "tried": found.tried, "evidence": lines}
-        print_json(told | knobs)
+        print_json(told | {"notes": found.notes} | knobs)
         return
-    for line in lines:
+    for line in [*lines, *found.notes]:
         console().print(line, markup=False, soft_wrap=True)
     said = "No knobs that were tried reach the target; nothing was written."
     if reached:

@@ -238,6 +238,8 @@ def test_calibrate_writes_a_policy_that_check_passes(site: Path, monkeypatch) ->
     command = ["stress", "calibrate", *NAMES, *policy(site), "--target", "rows=1"]
     result = runner.invoke(app, [*command, "--out", "found.toml"])
     assert result.exit_code == 0, result.output
+    assert "weakest value that was tried" in " ".join(result.output.split())
+    assert "Calibrated on rows alone" in result.output
     assert stat.S_IMODE((site / "found.toml").stat().st_mode) == 0o600
     assert runner.invoke(app, ["policy", "check", "found.toml"]).exit_code == 0
     again = runner.invoke(app, [*command, "--out", "found.toml"])

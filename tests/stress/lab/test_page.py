@@ -16,8 +16,8 @@ from sentinel.stress.lab.attacks.membership import OTHERS
 from sentinel.stress.lab.finding import Exhibit, Finding, Tally
 from sentinel.stress.lab.knobs import Knob, Turned
 from sentinel.stress.lab.page import page
-from sentinel.stress.lab.record import record
 from sentinel.stress.lab.plan import Skipped
+from sentinel.stress.lab.record import record
 from sentinel.stress.lab.redact import BLOCKS, error_map, error_words
 from sentinel.stress.lab.result import Curves, Point, Result, Side
 from sentinel.stress.lab.runner import Options, run_lab
