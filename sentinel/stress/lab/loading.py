@@ -190,11 +190,7 @@ def _flagged(records: Records, flags: Mapping[str, Any], part: str) -> Records:
 def _stacked(dataset: Dataset[Any], part: str) -> tuple[Tensor, Tensor]:
     try:
         pairs = [dataset[index] for index in range(len(dataset))]  # type: ignore[arg-type]  # checked by the call
-        if any(isinstance(pair, Mapping) for pair in pairs):
-            raise MisuseError(
-                f"{part}: the Dataset gives dicts; return a pair (inputs, labels) of tensors, such "
-                "as the stacked values of two of their keys."
-            )
+        _require_no_dicts(pairs, part)
         inputs = torch.stack([torch.as_tensor(pair[0]) for pair in pairs])
         return inputs, torch.stack([torch.as_tensor(pair[1]).reshape(()) for pair in pairs])
     except MisuseError:
@@ -204,6 +200,14 @@ def _stacked(dataset: Dataset[Any], part: str) -> tuple[Tensor, Tensor]:
             f"{part}: the Dataset does not give pairs of an input and a label, all of one shape "
             f"({type(error).__name__})."
         ) from None
+
+
+def _require_no_dicts(pairs: Sequence[object], part: str) -> None:
+    if any(isinstance(pair, Mapping) for pair in pairs):
+        raise MisuseError(
+            f"{part}: the Dataset gives dicts; return a pair (inputs, labels) of tensors, such as "
+            "the stacked values of two of their keys."
+        )
 
 
 def _split(records: Records, generator: torch.Generator) -> tuple[Records, Records]:
