@@ -86,7 +86,8 @@ def stress_command(
     """Attack your own updates, raw and as the policy lets them out.
 
     Exit code 1 where an attacker got something out of what was released, where everything was
-    withheld or nothing can be said, or where the test was stopped.
+    withheld, where the test is inconclusive (too little was measured to exclude a gain above 0.5)
+    or was stopped.
     """
     if ctx.invoked_subcommand is not None:
         return
@@ -103,7 +104,7 @@ def stress_command(
         else:
             results = [_run(str(model), str(data), str(policy), names, minutes * 60, seed, curves)]
     if not any(result.rows for result in results):
-        say_error("Nothing was measured, so that nothing was written. Give it more time.")
+        _tell_unmeasured(results, as_json=as_json)
         raise typer.Exit(REFUSED)
     _write(results, out, redact=redact, as_json=as_json)
     if not all(_passes(result) for result in results):
@@ -122,6 +123,17 @@ def _stoppable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, former)
+
+
+def _tell_unmeasured(results: list[Result], *, as_json: bool) -> None:
+    from sentinel.stress.lab import words
+    from sentinel.stress.lab.record import not_tried
+
+    said = words.unmeasured(results)
+    say_error("\n".join(said))
+    if as_json:
+        reasons = [one for result in results for one in not_tried(result)]
+        print_json({"error": said[0], "not_tried": reasons})
 
 
 def _passes(result: Result) -> bool:
@@ -243,16 +255,20 @@ def _print(result: Result) -> None:
             told = row.item.setting
             say(told.words, "dim")
         raw = f"error: {row.error}" if row.error is not None else words.figure(row.raw)
-        partial = ", partial" if row.partial else ""
-        say(f"  {row.item.attack:<12}{raw:<24}{words.figure(row.policy)}{partial}")
+        marks = ["partial" * row.partial, words.mark(result, row)]
+        said = ", ".join([words.figure(row.policy), *filter(None, marks)])
+        say(f"  {row.item.attack:<12}{raw:<24}{said}")
     say("In brackets: what knowing nothing gives; for membership, others called members.", "dim")
+    for mark in dict.fromkeys(words.mark(result, row) for row in result.rows):
+        if mark:
+            say(f"{mark[0].upper()}{mark[1:]}: {words.MARKS[mark]}.", "dim")
     say(words.verdict(result))
     if result.blind:
         say("The attacker of members could not see even a planted record: it says nothing here.")
     if (assurance := words.assurance(result)) is not None:
         say(assurance)
-    if result.partial:
-        say("Partial: less was done than planned; the report lists what was not.")
+    if (short := words.partial(result)) is not None:
+        say(f"{short} The report lists what was not tried.")
 
 
 @app.command("calibrate")
@@ -308,9 +324,9 @@ def _tell_calibrated(found: Calibrated, out: Path, *, as_json: bool) -> None:
         knobs = {"keep": found.keep, "max_norm": found.max_norm}
         knobs |= {"noise_ratio": found.noise_ratio} if reached else {}
         told = {"reached": reached, "cut": found.cut, "tried": found.tried, "evidence": lines}
-        print_json(told | knobs)
+        print_json(told | {"notes": found.notes} | knobs)
         return
-    for line in lines:
+    for line in [*lines, *found.notes]:
         console().print(line, markup=False, soft_wrap=True)
     said = "No knobs that were tried reach the target; nothing was written."
     if reached:

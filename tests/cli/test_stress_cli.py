@@ -43,7 +43,7 @@ max_norm = {norm}
 noise_ratio = {noise}
 """
 NAMES = ["--model", "site_under_test:net", "--data", "site_under_test:data"]
-SHORT = ["--attacks", "rows", "--no-curves", "--budget", "0.02"]
+SHORT = ["--attacks", "rows", "--no-curves", "--budget", "0.1"]
 
 
 @pytest.fixture
@@ -134,6 +134,18 @@ def test_conditions_stand_once_and_figures_within_eighty_columns(site: Path) -> 
     assert "knowing nothing" not in " ".join(figures)
 
 
+def test_an_inconclusive_test_ends_with_one_and_says_which_attack_shows_nothing(
+    site, monkeypatch
+) -> None:
+    """Rows of two records: none was read, and nearly all may have been."""
+    monkeypatch.setattr(Rows, "wanted", 2)
+    result = runner.invoke(app, ["stress", *NAMES, *policy(site), *SHORT])
+    assert result.exit_code == 1, result.output
+    assert "Inconclusive" in result.stdout
+    assert "rows (2 records)" in result.stdout
+    assert "shows too little" in result.stdout
+
+
 def test_what_the_sites_code_prints_does_not_break_the_json(site: Path) -> None:
     code = SITE.replace("    rows =", "    print('Mrs Smith')\n    rows =")
     (site / "printing_site.py").write_text(code)
@@ -149,6 +161,29 @@ def test_nothing_to_be_said_is_no_pass(site: Path) -> None:
     result = runner.invoke(app, [*command, "--budget", "0.000001"])
     assert result.exit_code == 1
     assert "othing" in result.output
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_what_fits_nowhere_is_told_with_its_reason_and_not_as_want_of_time(site, options) -> None:
+    command = ["stress", *NAMES, *policy(site), "--attacks", "labels", "--no-curves", *options]
+    result = runner.invoke(app, command)
+    assert result.exit_code == 1
+    assert "it takes a model with an output for each class" in result.stderr
+    assert "more time" not in result.stderr
+    assert not (site / "stress-output").exists()
+    if options:
+        found = json.loads(result.stdout)
+        assert found["error"].startswith("Nothing was measured")
+        assert "labels" in found["not_tried"][-1]["what"]
+        assert "an output for each class" in found["not_tried"][-1]["why"]
+
+
+def test_a_time_too_short_for_anything_is_told_as_want_of_time(site: Path, monkeypatch) -> None:
+    monkeypatch.setattr("sentinel.stress.lab.runner._Lab._try", lambda *_: None)
+    result = runner.invoke(app, ["stress", *NAMES, *policy(site), *SHORT])
+    assert result.exit_code == 1
+    assert "more time with --budget" in result.stderr
+    assert result.stderr.count("\n") < 10
 
 
 @pytest.mark.slow
@@ -203,6 +238,8 @@ def test_calibrate_writes_a_policy_that_check_passes(site: Path, monkeypatch) ->
     command = ["stress", "calibrate", *NAMES, *policy(site), "--target", "rows=1"]
     result = runner.invoke(app, [*command, "--out", "found.toml"])
     assert result.exit_code == 0, result.output
+    assert "weakest value that was tried" in " ".join(result.output.split())
+    assert "Calibrated on rows alone" in result.output
     assert stat.S_IMODE((site / "found.toml").stat().st_mode) == 0o600
     assert runner.invoke(app, ["policy", "check", "found.toml"]).exit_code == 0
     again = runner.invoke(app, [*command, "--out", "found.toml"])
@@ -280,8 +317,9 @@ def test_a_minute_of_the_demo_shows_that_raw_updates_leak(tmp_path, monkeypatch)
 def test_the_demo_does_what_it_planned_within_five_minutes(tmp_path: Path) -> None:
     """On an idle machine of two cores. Whether a leak is seen is up to the guard's noise."""
     exit_code, found = demo(tmp_path)
-    assert exit_code == int(any(subject["leaks"] for subject in found["subjects"]))
-    assert not found["partial"]
+    unclear = [subject["leaks"] or subject["inconclusive"] for subject in found["subjects"]]
+    assert exit_code == int(any(unclear))
+    assert not any(row["partial"] for subject in found["subjects"] for row in subject["attacks"])
     assert not any(subject["control_missed"] for subject in found["subjects"])
     assert not [row for subject in found["subjects"] for row in subject["attacks"] if row["error"]]
     assert sum(subject["seconds"] for subject in found["subjects"]) < 290

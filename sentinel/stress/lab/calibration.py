@@ -100,6 +100,8 @@ class Calibrated:
         tried: how many turns of the knobs were measured.
         cut: whether the time was up before the search was through: a weaker ratio may do, or,
             without a text, any.
+        set_aside: noise_multiplier of the starting policy that the file leaves out; None where it
+            had none.
     """
 
     text: str | None
@@ -109,6 +111,36 @@ class Calibrated:
     evidence: tuple[Measured, ...]
     tried: int
     cut: bool = False
+    set_aside: float | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What limits the result, one sentence each; for the file and for the terminal."""
+        if self.text is None:
+            return ()
+        return tuple(_notes(self.noise_ratio, self.evidence, self.set_aside))
+
+
+def _notes(ratio: float, evidence: tuple[Measured, ...], aside: float | None) -> list[str]:
+    """What a reader of the result must know of how it was found."""
+    said = []
+    if ratio <= LOWEST:
+        said.append(
+            f"A noise_ratio of {LOWEST:g} is the weakest value that was tried; a weaker one, or "
+            "none, may do."
+        )
+    measured = list(dict.fromkeys(one.attack for one in evidence))
+    others = [name for name in ATTACKS if name not in measured]
+    said.append(
+        f"Calibrated on {', '.join(measured) or 'no attack'} alone, not on {', '.join(others)}: "
+        "of those nothing is shown, and they may ask for more noise. Run `sentinel stress` on it."
+    )
+    if aside:
+        said.append(
+            f"Set aside: noise_multiplier = {aside:g} of the rules for every round: the ratio was "
+            "all the noise. Put it back, unless membership was among the attacks."
+        )
+    return said
 
 
 def calibrate(  # noqa: PLR0913 - each is one choice of the site
@@ -217,7 +249,14 @@ class _Calibration:
         return self._calibrated(None, math.nan, KEEPS[-1], norm)
 
     def _calibrated(self, text: str | None, ratio: float, keep: float, norm: float) -> Calibrated:
-        return Calibrated(text, ratio, keep, norm, self._evidence, self._tried, self._cut)
+        return Calibrated(
+            text, ratio, keep, norm, self._evidence, self._tried, self._cut, self._aside
+        )
+
+    @property
+    def _aside(self) -> float | None:
+        """The starting policy's noise_multiplier, which each turn of the ratio sets aside."""
+        return value_of(self._whole, Knob.NOISE_MULTIPLIER)
 
     def _set_norm(self) -> float:
         """The median norm of updates of local epochs, so that the bound binds on every second.
@@ -373,12 +412,8 @@ class _Calibration:
             "This holds for these attacks, this model and these records; another attacker may do",
             "better. Measure again when any of them changes.",
         ]
-        aside = value_of(self._whole, Knob.NOISE_MULTIPLIER)
-        if aside:
-            comments += [
-                f"Set aside: noise_multiplier = {aside:g} of the rules for every round: the ratio",
-                "was all the noise. Put it back, unless membership was among the attacks.",
-            ]
+        for note in _notes(ratio, evidence, self._aside):
+            comments += _wrapped(note)
         if self._cut:
             comments += ["The time was up before the search was through: a weaker one may do."]
         if not promised:

@@ -85,6 +85,12 @@ class Tally:
             return Interval(min(low, other.low), max(high, other.high))
         return self._students(confidence)
 
+    def open_gain(self, confidence: float) -> float:
+        """The largest gain that the figures leave open, from 0 to what there is to be gained."""
+        if not self.values:
+            return 1.0
+        return max(0.0, min(1.0 - self.chance, self.interval(confidence).high))
+
     def leaks(self, confidence: float) -> bool:
         """Whether the gain is above the margin, with this confidence."""
         return bool(self.values) and self.interval(confidence).low > self.margin

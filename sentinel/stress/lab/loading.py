@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from sentinel.errors import MisuseError
 from sentinel.stress.lab.subject import FEWEST, Kind, Subject, default_loss, kind_of
@@ -138,6 +138,11 @@ def _parts(given: object) -> Mapping[str, Any]:
 def _records(given: object, part: str) -> Records:
     if isinstance(given, Records):
         return given
+    if isinstance(given, DataLoader):
+        raise MisuseError(
+            f"{part} is a DataLoader; return its dataset (loader.dataset), or a pair (inputs, "
+            "labels) of tensors."
+        )
     if isinstance(given, Dataset):
         given = _stacked(given, part)
     if isinstance(given, Sequence) and len(given) == _TWO:
@@ -185,13 +190,24 @@ def _flagged(records: Records, flags: Mapping[str, Any], part: str) -> Records:
 def _stacked(dataset: Dataset[Any], part: str) -> tuple[Tensor, Tensor]:
     try:
         pairs = [dataset[index] for index in range(len(dataset))]  # type: ignore[arg-type]  # checked by the call
+        _require_no_dicts(pairs, part)
         inputs = torch.stack([torch.as_tensor(pair[0]) for pair in pairs])
         return inputs, torch.stack([torch.as_tensor(pair[1]).reshape(()) for pair in pairs])
+    except MisuseError:
+        raise
     except Exception as error:  # noqa: BLE001 - the site's own code; its text may hold values
         raise MisuseError(
             f"{part}: the Dataset does not give pairs of an input and a label, all of one shape "
             f"({type(error).__name__})."
         ) from None
+
+
+def _require_no_dicts(pairs: Sequence[object], part: str) -> None:
+    if any(isinstance(pair, Mapping) for pair in pairs):
+        raise MisuseError(
+            f"{part}: the Dataset gives dicts; return a pair (inputs, labels) of tensors, such as "
+            "the stacked values of two of their keys."
+        )
 
 
 def _split(records: Records, generator: torch.Generator) -> tuple[Records, Records]:

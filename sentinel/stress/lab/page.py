@@ -96,16 +96,15 @@ def _subject(result: Result, *, redacted: bool) -> str:
 
 
 def _partial(result: Result) -> str:
-    if not result.partial:
-        return ""
-    return '<p class="note"><strong>Partial report.</strong> Less was done than planned.</p>'
+    said = words.partial(result)
+    return "" if said is None else f'<p class="note"><strong>{escape(said)}</strong></p>'
 
 
 def _figures(result: Result) -> str:
     rows = [
         (
             _condition(result, at) if index == 0 else "",
-            _measure(row, index),
+            _measure(result, row, index),
             _cell(row.raw, index),
             _cell(row.policy, index, result.confidence),
             _cell(row.alone, index, result.confidence) if row.alone.updates else "-",
@@ -142,10 +141,11 @@ def _measures(row: Row) -> int:
     return max((len(finding.tallies) for finding in found), default=1)
 
 
-def _measure(row: Row, index: int) -> str:
-    mark = " (partial)" if row.partial else ""
+def _measure(result: Result, row: Row, index: int) -> str:
+    shows = words.mark(result, row)
+    mark = " (partial)" * row.partial + (f" ({shows}: {words.MARKS[shows]})" if shows else "")
     if row.error is not None:
-        return f"{row.item.attack}: ended by an error ({row.error})"
+        return f"{row.item.attack} failed: {words.failure(row.error)}"
     for side in (row.raw, row.policy, row.alone):
         if side.finding is not None:
             return side.finding.tallies[index].measure + mark

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sentinel.errors import MisuseError
@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from sentinel.stress.records import Records
 
 MOST_UPDATES = 24  # under one condition
+_SERVER = "server "
 LEAST_GROUP = 8  # records of which a majority says anything
 AVERAGED = 128  # records behind an update of several local epochs, where there are so many
 VIEWS = 2  # an update is attacked raw, and as released or as clip and noise leave it
 PATIENT = 1200.0  # seconds from which servers are tried that train their trap
+PATIENCE = "it trains its trap; give the test 20 minutes or more"
 DOOR = 1.0  # seconds that a guard takes to look at a global model it has not seen
 PLANNED = 0.55  # share of the time that is planned for; the rest is for the curves, and in reserve
 FIRST = 2  # conditions that every plan begins with, however short the time
@@ -60,10 +62,22 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """What was not tried, and why."""
+    """What was not tried, and why.
+
+    Attributes:
+        what: an attack, a condition or a server.
+        why: for a reader.
+        of_time: whether more time would have it tried.
+    """
 
     what: str
     why: str
+    of_time: bool = False
+
+    @property
+    def of_server(self) -> bool:
+        """Whether it is a server that was left out, and not an attack."""
+        return self.what.startswith(_SERVER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +88,7 @@ class Plan:
         items: in the order of their worth.
         skipped: what cannot be tried, and why.
         core: how many of the items fit into the time by estimate; the others are tried where the
-            test turns out to be faster, and a test without them is not partial.
+            test turns out to be faster.
     """
 
     items: tuple[Item, ...]
@@ -103,7 +117,7 @@ def make_plan(
     """
     chosen = [ATTACKS[name] for name in _known(attacks)]
     unfit = {name: _unfit(name, subject, seconds, generator) for name in SERVERS}
-    skipped = [Skipped(f"server {name}", why) for name, why in unfit.items() if why is not None]
+    skipped = []
     items = []
     least = loaded.policy.limits.min_patients or 1
     crafted = [name for name in SERVERS if name != HONEST and unfit[name] is None]
@@ -116,9 +130,15 @@ def make_plan(
             else:
                 skipped.append(Skipped(f"{attack.name}: {setting.words}", why))
     skipped += _groupless(subject, chosen)
+    servers_out = [
+        # More time is of no use to servers where no attack fits.
+        Skipped(f"{_SERVER}{name}", why, of_time=why == PATIENCE and bool(items))
+        for name, why in unfit.items()
+        if why is not None
+    ]
     # Second opinions come when everything else is through: they are slow, and seldom the strongest.
     items.sort(key=lambda item: ATTACKS[item.attack].worth < SECOND)
-    return Plan(tuple(items), tuple(_merged(skipped)), _core(items, seconds))
+    return Plan(tuple(items), tuple(_merged([*servers_out, *skipped])), _core(items, seconds))
 
 
 def leading(items: Sequence[Item], count: int) -> int:
@@ -193,9 +213,7 @@ def _core(items: Sequence[Item], seconds: float) -> int:
 
 def _unfit(name: str, subject: Subject, seconds: float, generator: torch.Generator) -> str | None:
     if servers.trains(name):
-        return (
-            None if seconds >= PATIENT else "it trains its trap; give the test 20 minutes or more"
-        )
+        return None if seconds >= PATIENT else PATIENCE
     return servers.misfit(name, subject, generator)
 
 
@@ -214,10 +232,10 @@ def _updates(attack: Attack, setting: Setting) -> int:
 
 def _merged(skipped: list[Skipped]) -> list[Skipped]:
     """An attack that fits no condition for one reason is said once."""
-    grouped: dict[tuple[str, str], list[str]] = {}
+    grouped: dict[tuple[str, str], list[Skipped]] = {}
     for one in skipped:
-        grouped.setdefault((one.what.split(":")[0], one.why), []).append(one.what)
+        grouped.setdefault((one.what.split(":")[0], one.why), []).append(one)
     return [
-        Skipped(whats[0] if len(whats) == 1 else f"{what} ({len(whats)} conditions)", why)
-        for (what, why), whats in grouped.items()
+        ones[0] if len(ones) == 1 else replace(ones[0], what=f"{what} ({len(ones)} conditions)")
+        for (what, _), ones in grouped.items()
     ]

@@ -50,17 +50,26 @@ def _subject(result: Result) -> dict[str, Any]:
         "inconclusive": result.inconclusive,
         "control_missed": result.blind,
         "partial": result.partial,
+        "more_time_would_help": result.short,
         "interrupted": result.interrupted,
         "seconds": round(result.seconds, 1),
         "budget_seconds": result.budget,
-        "attacks": [_row(row) for row in result.rows],
-        "not_tried": [{"what": one.what, "why": one.why} for one in result.skipped],
+        "attacks": [_row(result, row) for row in result.rows],
+        "not_tried": not_tried(result),
         "never_tried": list(words.NEVER_TRIED),
         "curves": None if result.curves is None else _curves(result.curves),
     }
 
 
-def _row(row: Row) -> dict[str, Any]:
+def not_tried(result: Result) -> list[dict[str, Any]]:
+    """What was not tried, why, and whether more time would have it tried."""
+    return [
+        {"what": one.what, "why": one.why, "for_want_of_time": one.of_time}
+        for one in result.skipped
+    ]
+
+
+def _row(result: Result, row: Row) -> dict[str, Any]:
     setting = row.item.setting
     return {
         "attack": row.item.attack,
@@ -73,6 +82,9 @@ def _row(row: Row) -> dict[str, Any]:
         "updates_diverged": row.diverged,
         "partial": row.partial,
         "error": row.error,
+        "error_kind": None if row.error is None else words.failure(row.error),
+        "proves_nothing": row.proves_nothing,
+        "shows_too_little": result.leaves_open(row),
         "raw": _side(row.raw),
         "released": _side(row.policy),
         "had_the_guard_been_fooled": _side(row.alone),

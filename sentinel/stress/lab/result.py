@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from sentinel.stress.lab.utility import Utility
 
 CONFIDENCE = 0.95
+MOST_OPEN = 0.5  # gain that a comparison may leave open and still show something
+LEAST_COUNT = 6  # values from which a comparison may show something
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +61,22 @@ class Row:
     @property
     def partial(self) -> bool:
         """Whether less was done than planned."""
+        return self.cut or self.error is not None
+
+    @property
+    def proves_nothing(self) -> bool:
+        """Whether the attack was not seen to get anything without a guard, let alone with one."""
+        if self.raw.finding is None:
+            return False
+        return not any(tally.leaks(CONFIDENCE) for tally in self.raw.finding.tallies)
+
+    @property
+    def cut(self) -> bool:
+        """Whether less was done than planned for want of time."""
         sides = (self.raw, self.policy, self.alone)
-        cut = any(side.finding is not None and side.finding.cut for side in sides)
-        made = self.raw.updates + self.diverged
-        return cut or self.error is not None or made < self.item.updates
+        if any(side.finding is not None and side.finding.cut for side in sides):
+            return True
+        return self.error is None and self.raw.updates + self.diverged < self.item.updates
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +157,19 @@ class Result:
 
     @property
     def partial(self) -> bool:
-        """Whether less was done than planned."""
-        short = self.curves is not None and len(self.curves.points) < self.curves.planned
-        return self.ended_early or short or any(row.partial for row in self.rows)
+        """Whether less was done than there is to do on this model and data."""
+        return self.interrupted or self.short or any(row.partial for row in self.rows)
+
+    @property
+    def short(self) -> bool:
+        """Whether more time would have more done; what cannot be tried here is no part of it."""
+        curves = self.curves is not None and len(self.curves.points) < self.curves.planned
+        return bool(self.dropped) or curves or any(row.cut for row in self.rows)
+
+    @property
+    def dropped(self) -> tuple[Skipped, ...]:
+        """What was not tried for want of time."""
+        return tuple(one for one in self.skipped if one.of_time)
 
     @property
     def confidence(self) -> float:
@@ -179,8 +203,28 @@ class Result:
 
     @property
     def inconclusive(self) -> bool:
-        """Whether nothing can be said: no leak, and no attack on a released update was through."""
-        return not self.through and not self.leaks and not self.withheld_entirely
+        """Whether no leak was seen and none is excluded.
+
+        Either no attack that works without a guard was through on a released update, or one that
+        was leaves too much open.
+        """
+        shown = self.through and not self.unshown
+        return not shown and not self.leaks and not self.withheld_entirely
+
+    @property
+    def unshown(self) -> tuple[Row, ...]:
+        """Attacks on released updates that were through, and of too few records to show anything.
+
+        Their main measure has fewer than LEAST_COUNT values, or leaves a gain above MOST_OPEN open.
+        """
+        return tuple(row for row in self._ended if self.leaves_open(row))
+
+    def leaves_open(self, row: Row) -> bool:
+        """Whether what was let out may have given nearly anything away, for all this row shows."""
+        if row.policy.finding is None:
+            return False
+        tally = row.policy.finding.main
+        return len(tally.values) < LEAST_COUNT or tally.open_gain(self.confidence) > MOST_OPEN
 
     @property
     def control(self) -> Tally | None:
@@ -201,8 +245,13 @@ class Result:
     def through(self) -> tuple[Row, ...]:
         """Attacks on released updates that say something where they found nothing.
 
-        None that was cut short, and none that is blind.
+        None that was cut short, none that is blind, and none that fails without a guard too.
         """
+        return tuple(row for row in self._ended if not row.proves_nothing)
+
+    @property
+    def _ended(self) -> tuple[Row, ...]:
+        """Attacks on released updates that were neither cut short nor blind."""
         blind = {
             row.item.attack
             for row in self.rows

@@ -158,7 +158,8 @@ class _Lab:
         for at, item in enumerate(self._plan.items):
             what = _what(item)
             if id(item) not in tried and what not in late:
-                self._late.append(Skipped(what, NO_TIME if at < self._plan.core else BEYOND))
+                why = NO_TIME if at < self._plan.core else BEYOND
+                self._late.append(Skipped(what, why, of_time=True))
         public = 0 if subject.public is None else len(subject.public)
         promise = promise_of(policy)
         return Result(
@@ -264,7 +265,7 @@ class _Lab:
         if not self._options.curves or item is None:
             return
         if self._deadline.passed:
-            self._late.append(Skipped("curves of leakage against utility", NO_TIME))
+            self._late.append(Skipped("curves of leakage against utility", NO_TIME, of_time=True))
             return
         deadline = self._deadline.share(CURVES_SHARE)
         folder, seed = self._home / "curves", self._options.seed

@@ -148,6 +148,11 @@ def _require_records(part: Records, kind: Kind) -> None:
         )
     if len(labels) < FEWEST:
         raise MisuseError(f"At least {FEWEST} records are needed in each part; got {len(labels)}.")
+    if not inputs.is_floating_point() and inputs.ndim > _AXES["text"]:
+        raise MisuseError(
+            f"Inputs of shape {list(inputs.shape)} hold whole numbers, which are taken for tokens "
+            "of texts. Give pictures as decimals from 0 to 1, such as images.float() / 255."
+        )
     if inputs.ndim != _AXES[kind.value]:
         raise MisuseError(
             f'Kind "{kind.value}" takes inputs of {_AXES[kind.value]} axes; got shape '

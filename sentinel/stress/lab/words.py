@@ -5,11 +5,34 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sentinel.stress.lab.attacks import ATTACKS
+from sentinel.stress.lab.result import LEAST_COUNT, MOST_OPEN
 from sentinel.stress.lab.servers import ALONE_NOTHING, SERVERS
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from sentinel.stress.lab.finding import Tally
     from sentinel.stress.lab.result import Result, Row, Side
+
+# What an error of this type mostly is; its text is never told, since it may hold values.
+_FAILURES = {
+    "OutOfMemoryError": "memory ran out",
+    "MemoryError": "memory ran out",
+    "NotImplementedError": "torch cannot do one of its steps with this model",
+    "RuntimeError": "torch refused one of its steps with this model",
+    "IndexError": "the model's shapes are not those that it expects",
+    "ValueError": "the model or the records are not of the form that it expects",
+    "TypeError": "the model or the records are not of the type that it expects",
+    "KeyError": "the model lacks a part that it expects",
+}
+SHOWS_TOO_LITTLE = "shows too little"
+PROVES_NOTHING = "proves nothing"
+MARKS = {
+    PROVES_NOTHING: "this attack fails without a guard too, so that it was not withstood",
+    SHOWS_TOO_LITTLE: "it leaves a gain above "
+    f"{MOST_OPEN:g} open, or has fewer than {LEAST_COUNT} values",
+}
+_REASONS = 5  # that are printed where nothing was measured
 
 # What no part of this test tries, whatever the plan.
 NEVER_TRIED = (
@@ -24,7 +47,9 @@ NEVER_TRIED = (
 def verdict(result: Result) -> str:
     """The one sentence at the top."""
     if not result.rows:
-        return "Nothing was measured: no attack was through before the test ended."
+        timely = result.dropped or result.interrupted
+        why = "was through before the test ended" if timely else "fits this model and data"
+        return f"Nothing was measured: no attack {why}."
     if result.withheld_entirely:
         return (
             "The policy let no update out, so the server got nothing from this site, and the "
@@ -32,12 +57,9 @@ def verdict(result: Result) -> str:
         )
     leaks = result.leaks
     if not leaks:
+        if result.inconclusive:
+            return _inconclusive(result)
         tried = len({row.item.attack for row in result.through})
-        if tried == 0:
-            return (
-                "Nothing can be said: no attack on an update that this policy let out was through "
-                "before the test ended. Give it more time."
-            )
         kinds = "1 kind of attack was" if tried == 1 else f"{tried} kinds of attack were"
         return (
             f"From the updates that this policy let out, {kinds} not shown to get more than "
@@ -50,6 +72,42 @@ def verdict(result: Result) -> str:
         f"({row.item.setting.words}). In {len(leaks)} comparisons the attacker got more than "
         "somebody who never saw the update."
     )
+
+
+def _inconclusive(result: Result) -> str:
+    """Why neither a leak nor its absence was shown."""
+    more = " Give it more time." if result.short else ""
+    if not result.through:
+        return (
+            "Inconclusive. Nothing can be said: no attack that gets anything without a guard was "
+            f"through on an update that this policy let out.{more}"
+        )
+    found: dict[str, list[Tally]] = {}
+    for row in result.unshown:
+        assert row.policy.finding is not None  # noqa: S101 - that is what `unshown` means
+        found.setdefault(row.item.attack, []).append(row.policy.finding.main)
+    told = ", ".join(
+        f"{name} ({min(len(one.values) for one in tallies)} {tallies[0].of})"
+        for name, tallies in found.items()
+    )
+    return (
+        "Inconclusive. No leak was seen, but too little was measured to exclude a large one under "
+        f"some condition: {told}.{more}"
+    )
+
+
+def failure(error: str) -> str:
+    """An error that ended an attack: its kind, and its type in brackets."""
+    return f"{_FAILURES.get(error, 'one of its steps failed')} ({error})"
+
+
+def mark(result: Result, row: Row) -> str:
+    """What stands beside a comparison that shows nothing; empty where it shows something."""
+    if row.policy.finding is None:
+        return ""
+    if result.leaves_open(row):
+        return SHOWS_TOO_LITTLE
+    return PROVES_NOTHING if row.proves_nothing else ""
 
 
 def sentences(result: Result) -> list[str]:
@@ -104,10 +162,11 @@ def _controlled(result: Result) -> str | None:
 def assurance(result: Result) -> str | None:
     """How large a gain the figures leave open, for each attack where they leave most open."""
     most: dict[str, tuple[float, Tally]] = {}
-    for row in result.through:
+    weak = (row for row in result.unshown if row.proves_nothing)  # the others are through
+    for row in (*result.through, *weak):
         assert row.policy.finding is not None  # noqa: S101 - that is what `through` means
         tally, known = row.policy.finding.main, most.get(row.item.attack)
-        high = max(0.0, min(1.0, tally.interval(result.confidence).high))
+        high = tally.open_gain(result.confidence)
         if known is None or high > known[0]:
             most[row.item.attack] = (high, tally)
     if not most:
@@ -121,6 +180,38 @@ def assurance(result: Result) -> str | None:
         f"at most, under the condition that leaves most open: {told}; 95 % for all comparisons "
         "together."
     )
+
+
+def unmeasured(results: Sequence[Result]) -> list[str]:
+    """Why nothing was measured: a sentence, some of the reasons, and what would help."""
+    attacks = [one for result in results for one in result.skipped if not one.of_server]
+    said = ["Nothing was measured, so that nothing was written."]
+    said += [f"  {one.what}: {one.why}." for one in attacks[:_REASONS]]
+    if (more := len(attacks) - _REASONS) > 0:
+        said.append(f"  And {more} more.")
+    if any(result.interrupted for result in results):
+        said.append("The test was stopped.")
+    elif any(one.of_time for one in attacks):
+        said.append("Give it more time with --budget.")
+    return said
+
+
+def partial(result: Result) -> str | None:
+    """Why a report is partial, and whether more time would help; None where it is not."""
+    if not result.partial:
+        return None
+    said = ["This report is partial."]
+    if result.interrupted:
+        said.append("The test was stopped.")
+    if any(row.error is not None for row in result.rows):
+        kinds = {row.item.attack: row.error for row in result.rows if row.error is not None}
+        said += [f"The attack {name} failed: {failure(kind)}." for name, kind in kinds.items()]
+    if result.short and not result.interrupted:
+        count = len(result.dropped)
+        left = f"{count} of the things to try {'was' if count == 1 else 'were'} left out"
+        short = left if count else "Some of it was cut short"
+        said.append(f"{short} for want of time: with a larger --budget more is tried.")
+    return " ".join(said)
 
 
 def tried(result: Result) -> list[tuple[str, str, str]]:
@@ -189,7 +280,7 @@ def _fooled(result: Result) -> str | None:
     found = [
         (row, tally)
         for row in result.rows
-        if row.alone.finding is not None
+        if row.alone.finding is not None and not row.proves_nothing
         for tally in row.alone.finding.tallies
     ]
     if not found:
@@ -205,8 +296,7 @@ def _fooled(result: Result) -> str | None:
 
 
 def _short(result: Result) -> str:
-    why = "It was stopped" if result.interrupted else "The time was up"
     return (
-        f"This report is partial. {why} after {result.seconds:.0f} s; what was cut short is "
-        "marked, and what was not tried is listed below."
+        f"{partial(result)} It took {result.seconds:.0f} s; what was cut short is marked, and what "
+        "was not tried is listed below."
     )

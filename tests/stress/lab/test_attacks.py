@@ -320,6 +320,38 @@ def test_what_does_not_fit_is_said(table, name, records, expected) -> None:
     assert expected in ATTACKS[name].misfit(table, Setting(records=records))
 
 
+class Recurrent(nn.Module):
+    """Reads a row as a sequence."""
+
+    def __init__(self) -> None:
+        """One layer that reads, one that answers."""
+        super().__init__()
+        self.reader, self.head = nn.LSTM(1, 4, batch_first=True), nn.Linear(4, 4)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """Answers for each row."""
+        return self.head(self.reader(rows[:, :, None])[0][:, -1])
+
+
+@pytest.mark.parametrize(
+    "net", [nn.Sequential(nn.Linear(8, 4), nn.Dropout(0.3)), Recurrent()], ids=["dropout", "lstm"]
+)
+def test_a_net_without_gradients_of_single_records_does_not_fit_and_is_no_error(
+    classes, net
+) -> None:
+    records = {"train": classes.train, "held_out": classes.held_out}
+    subject = subject_of(net, records, torch.Generator().manual_seed(0), "odd")
+    assert "dropout" in ATTACKS["membership"].misfit(subject, Setting(records=16))
+    assert ATTACKS["membership"].misfit(classes, Setting(records=16)) is None
+    still = subject_of(
+        nn.Sequential(nn.Linear(8, 4), nn.Dropout(0.3)).eval(),
+        records,
+        torch.Generator().manual_seed(0),
+        "still",
+    )
+    assert ATTACKS["membership"].misfit(still, Setting(records=16)) is None
+
+
 def test_a_net_that_mixes_a_batch_has_no_members_to_tell(classes) -> None:
     net = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 4))
     records = {"train": classes.train, "held_out": classes.held_out}

@@ -15,11 +15,14 @@ from sentinel.stress.lab.attacks import ATTACKS
 from sentinel.stress.lab.calibration import (
     HIGHEST,
     LOWEST,
+    Measured,
     _allowed,
     _Calibration,
     calibrate,
 )
 from sentinel.stress.lab.deadline import Deadline
+from sentinel.stress.lab.finding import Tally
+from sentinel.stress.lab.setting import Setting
 from sentinel.stress.records import Records
 
 if TYPE_CHECKING:
@@ -159,8 +162,25 @@ def test_noise_on_each_value_does_not_stand_in_for_the_ratio_that_is_searched(ta
     rule = parse_policy(text.encode(), "found.toml").policy.rules[0]
     assert (rule.noise_ratio, rule.noise_multiplier) == (0.5, None)
     assert "Set aside: noise_multiplier = 50 of the rules for every round" in text
+    assert "Set aside" in " ".join(work._calibrated(text, 0.5, 1.0, 1.0).notes)
     plainer = _Calibration(table, plain(), {"rows": 1.0}, Deadline.after(600.0), 0)
     assert "Set aside" not in plainer._text(0.5, 1.0, ())
+
+
+def test_the_floor_of_the_search_and_the_attacks_left_out_are_told(table, plain) -> None:
+    """In the file and where people read, and not where a stronger ratio was found."""
+    work = _Calibration(table, plain(), {"rows": 1.0}, Deadline.after(600.0), 0)
+    one = Measured("rows", Setting(), Tally("read", (0.0,), (0.0,)), 1.0)
+    work._evidence = (one,)
+    for ratio, floor in ((LOWEST, True), (1.0, False)):
+        text = work._text(ratio, 1.0, work._evidence)
+        notes = " ".join(work._calibrated(text, ratio, 1.0, 1.0).notes)
+        flat = " ".join(line.removeprefix("#").strip() for line in text.splitlines())
+        for said in (flat, notes):
+            assert ("is the weakest value that was tried" in said) is floor
+            assert "Calibrated on rows alone, not on " in said
+            assert all(name in said for name in ("membership", "columns", "labels"))
+        assert parse_policy(text.encode(), "f.toml").policy.rules[0].noise_ratio == ratio
 
 
 def test_private_training_has_no_noise_ratio_to_calibrate(table) -> None:

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from sentinel.errors import MisuseError
 from sentinel.stress.lab.loading import load_subject, subject_of
@@ -18,6 +18,21 @@ ROWS, LABELS = (
     torch.randn(200, 5, generator=torch.Generator().manual_seed(1)),
     torch.arange(200) % 2,
 )
+
+
+BYTES = torch.zeros(200, 1, 28, 28, dtype=torch.uint8)
+
+
+class Dicts(Dataset):
+    """Gives its records as other libraries do."""
+
+    def __len__(self) -> int:
+        """As many as there are rows."""
+        return len(ROWS)
+
+    def __getitem__(self, index: int) -> dict[str, object]:
+        """One record by its keys."""
+        return {"Smith": ROWS[index], "label": LABELS[index]}
 
 
 @dataclasses.dataclass
@@ -78,6 +93,12 @@ def test_every_form_gives_the_same_records_and_keeps_three_tenths_back(given) ->
         ({"train": (ROWS, LABELS), "public": (ROWS[:, :2], LABELS)}, "shape and type"),
         ({"train": (ROWS, LABELS), "held_out": (ROWS, LABELS.float())}, "shape and type"),
         ({"train": (ROWS, LABELS), "rate": 0.0}, "above 0"),
+        ((BYTES, LABELS), r"images\.float\(\) / 255"),
+        ((BYTES[:, 0], LABELS), r"images\.float\(\) / 255"),
+        ({"train": (BYTES, LABELS), "kind": "image"}, r"images\.float\(\) / 255"),
+        (DataLoader(TensorDataset(ROWS, LABELS)), r"return its dataset \(loader\.dataset\)"),
+        ({"train": DataLoader(TensorDataset(ROWS, LABELS))}, "train is a DataLoader"),
+        (Dicts(), "the Dataset gives dicts; return a pair"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_what_was_expected(given, expected) -> None:

@@ -16,6 +16,7 @@ from sentinel.stress.lab.attacks.membership import OTHERS
 from sentinel.stress.lab.finding import Exhibit, Finding, Tally
 from sentinel.stress.lab.knobs import Knob, Turned
 from sentinel.stress.lab.page import page
+from sentinel.stress.lab.plan import Skipped
 from sentinel.stress.lab.record import record
 from sentinel.stress.lab.redact import BLOCKS, error_map, error_words
 from sentinel.stress.lab.result import Curves, Point, Result, Side
@@ -262,6 +263,61 @@ def test_an_attacker_that_misses_planted_records_is_no_assurance(rows) -> None:
     assert record([missed])["subjects"][0]["control_missed"]
 
 
+def compared(rows: Result, raw: Tally, released: Tally) -> Result:
+    """One comparison, made of these figures."""
+    sides = [Side(Finding((tally,)), released=1) for tally in (raw, released)]
+    item = replace(rows.rows[0].item, updates=1)
+    row = replace(rows.rows[0], item=item, raw=sides[0], policy=sides[1], alone=Side())
+    return replace(rows, rows=(row,), interrupted=False, skipped=(), curves=None)
+
+
+def right(hits: int, count: int) -> Tally:
+    """So many of the records are read, and none by chance."""
+    values = (1.0,) * hits + (0.0,) * (count - hits)
+    return Tally("read", values, (0.0,) * count)
+
+
+def test_too_few_records_to_exclude_a_large_gain_are_inconclusive(rows) -> None:
+    found = compared(rows, right(40, 40), right(0, 3))
+    assert found.inconclusive
+    assert verdict(found).startswith("Inconclusive")
+    assert "rows (3 records)" in verdict(found)
+    assert "more time" not in verdict(found)  # it would be of no use
+    first = record([found])["subjects"][0]
+    assert first["inconclusive"]
+    assert first["attacks"][0]["shows_too_little"]
+    assert "shows too little" in page([found], "here", redacted=True)
+
+
+@pytest.mark.parametrize(("count", "expected"), [(5, True), (6, False)])
+def test_fewer_values_than_the_least_show_nothing_however_alike(rows, count, expected) -> None:
+    """All at .2, so that the interval has no width."""
+    released = Tally("likeness", (0.2,) * count, (0.2,) * count, paired=True)
+    assert compared(rows, right(40, 40), released).inconclusive is expected
+
+
+def test_a_bound_above_a_half_shows_nothing_unless_so_much_is_not_to_be_had(rows) -> None:
+    wide = Tally("right", (0.0, 1.0) * 4, (0.4,) * 8)
+    coins = replace(wide, chances=(0.5,) * 8)
+    assert compared(rows, right(40, 40), wide).inconclusive
+    assert not compared(rows, right(40, 40), coins).inconclusive
+    assert not compared(rows, right(40, 40), right(0, 40)).inconclusive
+
+
+def test_an_attack_that_fails_without_a_guard_too_is_not_withstood(rows) -> None:
+    found = compared(rows, right(0, 40), right(0, 40))
+    assert found.through == ()
+    assert found.inconclusive
+    assert assurance(found) is None
+    assert "this attack fails without a guard too" in page([found], "here", redacted=True)
+    assert record([found])["subjects"][0]["attacks"][0]["proves_nothing"]
+    strong = compared(rows, right(40, 40), right(0, 40))
+    both = replace(strong, rows=(*strong.rows, *found.rows))
+    assert both.through == strong.rows
+    assert not both.inconclusive
+    assert "1 kind of attack was" in verdict(both)
+
+
 def test_numbers_of_words_are_read_or_wrong_and_never_close() -> None:
     """Word 100 is no nearer to word 101 than to any other."""
     one = Exhibit(torch.tensor([100, 7]), torch.tensor([101, 7]), 0.5)
@@ -278,7 +334,15 @@ def test_the_strongest_read_out_is_shown_even_where_nothing_of_it_left(rows) -> 
 
 
 def test_a_partial_result_is_called_partial(rows) -> None:
-    assert "Partial report" in page([replace(rows, interrupted=True)], "here", redacted=True)
+    html = page([replace(rows, interrupted=True)], "here", redacted=True)
+    assert "This report is partial. The test was stopped." in html
+    late = Skipped("rows: more records", "no time", of_time=True)
+    left = replace(rows, interrupted=False, curves=None, skipped=(late,))
+    assert "larger --budget" in page([left], "here", redacted=True)
+    told = record([left])
+    assert told["partial"]
+    assert told["subjects"][0]["more_time_would_help"]
+    assert told["subjects"][0]["not_tried"][0]["for_want_of_time"]
 
 
 def test_what_was_not_tried_is_listed(rows) -> None:

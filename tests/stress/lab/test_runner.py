@@ -14,11 +14,19 @@ import torch
 from sentinel.errors import MisuseError
 from sentinel.policy.store import parse_policy
 from sentinel.stress.lab.attacks import ATTACKS
-from sentinel.stress.lab.plan import Item, leading, make_plan, most_lopsided
+from sentinel.stress.lab.plan import (
+    PATIENCE,
+    PATIENT,
+    Item,
+    Skipped,
+    leading,
+    make_plan,
+    most_lopsided,
+)
 from sentinel.stress.lab.result import BEYOND, DIVERGED, NO_TIME
 from sentinel.stress.lab.runner import Options, run_lab
 from sentinel.stress.lab.setting import HONEST, Setting
-from sentinel.stress.lab.words import verdict
+from sentinel.stress.lab.words import partial, verdict
 
 FEW = """
 schema = 1
@@ -67,15 +75,42 @@ def test_the_time_is_kept_and_everything_planned_is_done_or_listed(table, plain)
 
 
 @pytest.mark.usefixtures("own_clock")
-def test_the_plan_holds_what_fits_and_a_test_that_does_it_is_not_partial(table, plain) -> None:
-    """The more minutes, the more is planned; what is beyond them is not late."""
+def test_the_plan_holds_what_fits_and_a_test_that_does_it_is_not_late(table, plain) -> None:
+    """The more minutes, the more is planned; what is beyond them is partial all the same."""
     short, long = (make_plan(table, plain(), (), at, torch.Generator()) for at in (20.0, 600.0))
     assert 0 < short.core < len(short.items)
     assert long.core > short.core
     assert sum(item.seconds for item in short.items[: short.core]) <= 20.0
     result = run_lab(table, plain(), Options(("rows",), seconds=5.0, curves=False))
-    assert not result.partial
     assert NO_TIME not in {one.why for one in result.skipped}
+    assert result.partial
+    assert result.short
+
+
+def test_what_was_dropped_for_want_of_time_makes_a_test_partial_and_nothing_else_does(
+    table, plain, stop_after
+) -> None:
+    """However short the plan was made beforehand; what cannot be tried here is no part of it."""
+    done = replace(run_lab(table, plain(), ROWS, stop_after(1)), interrupted=False)
+    unfit = Skipped("pictures", "the records are no pictures")
+    assert not replace(done, skipped=(unfit,)).partial
+    assert partial(replace(done, skipped=(unfit,))) is None
+    late = replace(done, skipped=(unfit, Skipped("rows: 8 records", BEYOND, of_time=True)))
+    assert late.partial
+    assert "1 of the things to try was left out for want of time" in partial(late)
+    assert "--budget" in partial(late)
+
+
+def test_servers_that_wait_for_more_time_are_dropped_for_it_where_an_attack_fits(
+    table, plain
+) -> None:
+    def patient(attacks: tuple[str, ...], seconds: float) -> set[bool]:
+        plan = make_plan(table, plain(), attacks, seconds, torch.Generator().manual_seed(0))
+        return {one.of_time for one in plan.skipped if one.why == PATIENCE}
+
+    assert patient(("rows",), 60.0) == {True}
+    assert patient(("labels",), 60.0) == {False}  # one output
+    assert patient(("rows",), PATIENT) == set()
 
 
 def test_several_local_epochs_are_planned_with_the_time_of_all_their_steps() -> None:
@@ -184,6 +219,7 @@ def test_an_attack_that_fails_is_told_by_type_alone(table, plain, monkeypatch, s
     assert {row.error for row in result.rows} == {"RuntimeError"}
     assert result.partial
     assert "Smith" not in repr(result)
+    assert "The attack rows failed: torch refused one of its steps" in partial(result)
 
 
 def test_the_same_seed_attacks_the_same_records(table, plain, stop_after) -> None:

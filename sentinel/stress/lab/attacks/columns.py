@@ -38,7 +38,7 @@ class Columns:
     knows = "labels, batches, learning rate, the guard's treatment, and how common each value is"
     worth = 0.5
     seconds = 3.0
-    wanted = 8
+    wanted = 16
     of_groups = False
 
     def misfit(self, subject: Subject, setting: Setting) -> str | None:

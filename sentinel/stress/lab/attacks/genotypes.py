@@ -39,7 +39,7 @@ class Genotypes:
     )
     worth = 0.9
     seconds = 3.0
-    wanted = 8
+    wanted = 16
     of_groups = False
 
     def misfit(self, subject: Subject, setting: Setting) -> str | None:

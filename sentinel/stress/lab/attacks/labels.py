@@ -31,7 +31,7 @@ class Labels:
     knows = "the model it sent, the guard's treatment, and public records where there are any"
     worth = 0.6
     seconds = 0.05
-    wanted = 256
+    wanted = 1024  # an update is one value, whatever the records behind it
     of_groups = False
 
     def misfit(self, subject: Subject, setting: Setting) -> str | None:

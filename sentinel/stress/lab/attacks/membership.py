@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 FEWEST = 8  # members under which a share says nothing
 MARGIN = 0.05  # difference of the shares that counts as nothing
 OTHERS = "others called members"
+TOGETHER = (
+    "torch gives no gradients of single records for this model, as of one with dropout in training "
+    "mode or with a recurrent layer (LSTM, GRU)"
+)
 _MIXING = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 ATTACKER = Attacker(points=3, shadows=8)
 PLANTED = 4  # one in so many candidates is planted in the control
@@ -69,6 +73,8 @@ class Membership:
             return f"it takes at least {FEWEST} records behind an update"
         if mixes(subject.model):
             return "the model mixes the records of a batch (BatchNorm)"
+        if not taken_apart(subject):
+            return TOGETHER
         spare = len(subject.held_out) - setting.records
         own = spare if subject.public is None else len(subject.public)
         if spare < 0 or own < setting.records:
@@ -97,6 +103,18 @@ class Membership:
 def mixes(model: nn.Module) -> bool:
     """Whether a layer mixes the records of a batch, so that none of them has a gradient."""
     return any(isinstance(part, _MIXING) for part in model.modules())
+
+
+def taken_apart(subject: Subject) -> bool:
+    """Whether torch gives the loss and the gradient of one record at a time, tried on two."""
+    loop, two = Loop(subject.model, subject.loss, subject.rate), subject.train.take(torch.arange(2))
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            loop.losses(subject.start, two)
+            loop.gradients(subject.start, two)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError):
+        return False
+    return True
 
 
 def loop_of(case: Case) -> Loop:

@@ -57,7 +57,7 @@ class Pictures:
     knows = "labels, batches and learning rate, and every figure of the guard's treatment"
     worth = 1.0
     seconds = 6.0
-    wanted = 4
+    wanted = 6
     of_groups = False
 
     def misfit(self, subject: Subject, setting: Setting) -> str | None:

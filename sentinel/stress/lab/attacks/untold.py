@@ -57,7 +57,7 @@ class Untold:
     knows = "batch size, epochs and learning rate, and every figure of the guard's treatment"
     worth = 0.4
     seconds = 5.0
-    wanted = 2
+    wanted = 6
     of_groups = False
 
     def misfit(self, subject: Subject, setting: Setting) -> str | None:

@@ -44,7 +44,7 @@ class Words:
     knows = "labels, batches, learning rate, the guard's treatment, and how common each word is"
     worth = 1.0
     seconds = 4.0
-    wanted = 8
+    wanted = 16
     of_groups = False
 
     def misfit(self, subject: Subject, setting: Setting) -> str | None:
