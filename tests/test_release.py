@@ -59,7 +59,8 @@ def released(folder: Path, unit: str | None) -> Path:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     loader = DataLoader(TensorDataset(torch.randn(40, 6), torch.randn(40, 1)), batch_size=4)
     if batch:
-        private = guard.private(model, optimizer, loader, patients=list(range(40)))
+        ids = list(range(40)) if unit == "patient" else None
+        private = guard.private(model, optimizer, loader, patients=ids)
         model, optimizer, loader = private
     start = {name: value.clone() for name, value in model.state_dict().items()}
     with guard.round(1, start, model) as rnd:
