@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from sentinel.audit import Alerts
-    from sentinel.detection import Inspection, Reference, SensitivityScore
+    from sentinel.detection import Inspection, SensitivityScore
     from sentinel.house import House
     from sentinel.policy import Policy
     from sentinel.privacy import DpSgdEvent
@@ -47,6 +47,7 @@ class Door:
         self.house = house
         self.alerts = alerts
         self._state = state
+        self._references = detection.References(state.references)
         self._inspects = inspects
 
     def start(self) -> None:
@@ -168,8 +169,11 @@ class Door:
         self.alerts.send(event, **fields)
 
     def measure(self, model: nn.Module | None, base: Mapping[str, torch.Tensor]) -> Measure:
-        """Scores what would leave, against a reference through this very model where it is here."""
-        reference = None if model is None else self._reference(model, base)
+        """Scores what would leave, against a reference through this very model where there is one.
+
+        The log says of every score whether it had one.
+        """
+        reference = None if model is None else self._references.of(model, base)
 
         def measure(deltas: Mapping[str, torch.Tensor]) -> SensitivityScore:
             return detection.score_update(deltas, reference)
@@ -200,16 +204,6 @@ class Door:
             return score if share is None else score.raised(share, (probe.weight, probe.bias))
 
         return measured
-
-    def _reference(self, model: nn.Module, base: Mapping[str, torch.Tensor]) -> Reference | None:
-        """The reference of this architecture; None where it cannot be had, or not in good time.
-
-        The log says of every score whether it had one.
-        """
-        try:
-            return detection.build_reference(model, base, folder=self._state.references)
-        except MisuseError:
-            return None
 
 
 def _require_matches(policy: Policy, base: Mapping[str, torch.Tensor]) -> None:

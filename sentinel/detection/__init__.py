@@ -9,6 +9,7 @@ from sentinel.detection.history import History
 from sentinel.detection.inspection import Inspection, inspect_global_model
 from sentinel.detection.probe import Probe
 from sentinel.detection.reference import Reference, build_reference
+from sentinel.detection.references import References
 from sentinel.detection.rules import Finding, Kind
 from sentinel.detection.sensitivity import SensitivityScore, score_update
 
@@ -20,6 +21,7 @@ __all__ = [
     "Kind",
     "Probe",
     "Reference",
+    "References",
     "SensitivityScore",
     "build_reference",
     "inspect_global_model",

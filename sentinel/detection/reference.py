@@ -301,10 +301,8 @@ def _kept_or_built(
     folder: Path | None,
     patience: float,
 ) -> Reference:
-    if any(map(is_uninitialised, state.values())):
-        msg = "the global state has entries without a shape"
-        raise ModelError(msg)
-    cache = None if folder is None else folder / f"reference-{_digest(model, state)}.json"
+    digest = architecture_digest(model, state)
+    cache = None if folder is None else folder / f"reference-{digest}.json"
     if cache is not None and (kept := _read(cache)) is not None:
         return kept
     copied = twin(model, state)
@@ -338,8 +336,15 @@ def _require_patience(module: nn.Module, shape: Sequence[int], patience: float) 
         raise MisuseError(msg)
 
 
-def _digest(model: nn.Module, state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over what the model is made of, without any value."""
+def architecture_digest(model: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """Return SHA-256 over what the model is made of, without any value.
+
+    Raises:
+        ModelError: an entry has no shape yet.
+    """
+    if any(map(is_uninitialised, state.values())):
+        msg = "the global state has entries without a shape"
+        raise ModelError(msg)
     with foreign():
         shown = repr(model)
     text = json.dumps([FORMAT, FEATURE_VERSION, REHEARSED, shown, structure_of(state)])
