@@ -100,3 +100,11 @@ def largest(values: Tensor) -> float:
 def _cut(size: int, step: int) -> Iterator[slice]:
     for start in range(0, size, step):
         yield slice(start, min(size, start + step))
+
+
+def peaks(values: Tensor) -> Tensor:
+    """Largest magnitude of each matrix; a single one is read once for both ends."""
+    if len(values) == 1:
+        low, high = values.aminmax()
+        return torch.maximum(-low, high)[None]
+    return torch.maximum(-values.amin((1, 2)), values.amax((1, 2)))

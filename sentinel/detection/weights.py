@@ -18,16 +18,24 @@ from torch import Tensor
 
 from sentinel.crew import share_out
 from sentinel.detection.layers import Layer, wide_type
-from sentinel.detection.stack import GROUP, Stack, largest
-from sentinel.detection.trace import ACROSS, ALONG, NOWHERE, Trace, directions, signs, traces
+from sentinel.detection.reading import (
+    MOST_ROWS,
+    SKETCH,
+    TINY,
+    Reading,
+    alike_parts,
+    projection,
+    read,
+    read_as_share,
+)
+from sentinel.detection.stack import GROUP, Stack, peaks
+from sentinel.detection.trace import NOWHERE, Trace
 from sentinel.errors import MisuseError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-SKETCH = 32  # columns of the random projection that rows are compared through
 PARALLEL = 0.95  # |cosine| from which two rows count as one direction: jitter up to about .2
-MOST_ROWS = 1024  # rows that are compared with each other
 MOST_VALUES = 1 << 19  # values read for the statistics that need more than one pass
 BLOCK = 256  # rows that are compared with all others at a time
 MIRRORED = 24  # rows that are sorted, about
@@ -41,7 +49,6 @@ QUANTILE = -1.0  # bias / row norm from which a unit fires for few records of a 
 LOUD = 4.0  # row norm over the median one, from which a row is far longer
 DRAWN = 1.4  # spread of log norm by the root of the inputs: of drawn rows .7 to .9
 NORMAL_QUARTILES = 1.349  # how far apart those of a normal distribution are, in deviations
-_TINY = 1e-12
 STATISTICS_VERSION = 3
 SEED = 20_260  # of the sketches, so that one model always gets one suspicion
 
@@ -185,14 +192,14 @@ def measured_places(layers: Sequence[Layer], seed: int) -> list[tuple[float, Tra
 def _place(layer: Layer, generator: torch.Generator) -> tuple[float, Trace, float]:
     stack = Stack.of([layer.weight], layer.units, wide_type(layer.weight))
     bias = None if layer.bias is None else layer.bias.to(torch.float64)[None]
-    part, unit = _survey(stack, bias, generator), 1.0
+    part, unit = read(stack, bias, generator), 1.0
     if not bool(part.norms.isfinite().all()) and math.isfinite(float(part.peak)):
-        part, unit = _shared(stack, bias, generator)
+        part, unit = read_as_share(stack, bias, generator)
     size = float(part.norms.square().mean().sqrt()) * unit
     if not math.isfinite(size):
         return math.inf, NOWHERE, 0.0
-    ((_, chosen),) = _alike(part)
-    told = bias is not None and float(part.norms.max()) > _TINY
+    ((_, chosen),) = alike_parts(part)
+    told = bias is not None and float(part.norms.max()) > TINY
     return size, part.traces()[0], float(_biases(chosen)["bias_centre"]) if told else 0.0
 
 
@@ -211,46 +218,6 @@ def _groups(layers: Sequence[Layer]) -> list[list[int]]:
     return cut
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """Layers of one shape with the same living rows.
-
-    Attributes:
-        stack: their weights.
-        bias: [layers, units], float64; or None.
-        norms: of the rows, [layers, units], float64.
-        peak: largest magnitude of each, [layers], float64.
-        sketch: [layers, units, `SKETCH`], where there are few units and many inputs; else None.
-        projected: [layers, `ACROSS`, `ALONG`], what the traces are made of.
-        alive: units that are not next to zero, [living].
-    """
-
-    stack: Stack
-    bias: Tensor | None
-    norms: Tensor
-    peak: Tensor
-    sketch: Tensor | None
-    projected: Tensor
-    alive: Tensor
-
-    def select(self, places: list[int], alive: Tensor) -> _Part:
-        """Return some of the layers, with their living rows."""
-        if len(places) == len(self.stack):
-            return replace(self, alive=alive)
-        bias = None if self.bias is None else self.bias[places]
-        sketch = None if self.sketch is None else self.sketch[places]
-        stack, norms, peak = self.stack.select(places), self.norms[places], self.peak[places]
-        return _Part(stack, bias, norms, peak, sketch, self.projected[places], alive)
-
-    def traces(self) -> list[Trace]:
-        """Where each layer stands."""
-        return traces(self.projected, self.norms.square().sum(1).sqrt())
-
-    def rows(self, chosen: Tensor) -> Tensor:
-        """Return the same rows of every layer as places of the stack, [layers, rows]."""
-        return chosen.expand(len(self.stack), -1)
-
-
 def _weighed(layers: Sequence[Layer], generator: torch.Generator) -> list[Weighed | None]:
     """Measure layers of one form."""
     biases = [layer.bias for layer in layers if layer.bias is not None]
@@ -258,10 +225,10 @@ def _weighed(layers: Sequence[Layer], generator: torch.Generator) -> list[Weighe
         [layer.weight for layer in layers], layers[0].units, wide_type(layers[0].weight)
     )
     bias = torch.stack(biases).to(stack.values.device, torch.float64) if biases else None
-    part = _survey(stack, bias, generator)
+    part = read(stack, bias, generator)
     state = generator.get_state()
     found: list[Weighed | None] = [None] * len(layers)
-    for places, chosen in _alike(part):
+    for places, chosen in alike_parts(part):
         generator.set_state(state)
         sizes = chosen.norms.square().mean(1).sqrt().tolist()
         measured = zip(_statistics(chosen, generator), sizes, chosen.traces(), strict=True)
@@ -278,8 +245,8 @@ def _weighed(layers: Sequence[Layer], generator: torch.Generator) -> list[Weighe
 
 def _weighed_huge(stack: Stack, bias: Tensor | None, generator: torch.Generator) -> Weighed:
     """Measure a layer whose squares leave the dtype, as a share of its largest value."""
-    part, unit = _shared(stack, bias, generator)
-    ((_, chosen),) = _alike(part)
+    part, unit = read_as_share(stack, bias, generator)
+    ((_, chosen),) = alike_parts(part)
     (seen,) = _statistics(chosen, generator)
     bias_range = 0.0 if bias is None else math.log10(1.0 + float(bias.abs().max()))
     size = float(part.norms.square().mean().sqrt()) * unit
@@ -287,69 +254,11 @@ def _weighed_huge(stack: Stack, bias: Tensor | None, generator: torch.Generator)
     return Weighed(seen, size, part.traces()[0])
 
 
-def _shared(stack: Stack, bias: Tensor | None, generator: torch.Generator) -> tuple[_Part, float]:
-    """Survey a layer as a share of its largest value, and return that value."""
-    unit = largest(stack.values)
-    share = replace(stack, dtype=torch.float64, divisor=stack.values.new_tensor([unit]).double())
-    return _survey(share, None if bias is None else bias / unit, generator), unit
-
-
-def _survey(stack: Stack, bias: Tensor | None, generator: torch.Generator) -> _Part:
-    """Read every value once, piece by piece."""
-    norms, peak = stack.room(stack.rows), stack.room()
-    few = stack.rows <= MOST_ROWS and stack.columns > SKETCH
-    projection = _projection(stack, generator) if few else None
-    sketch = stack.room(stack.rows, SKETCH).to(stack.dtype) if few else None
-    projected = stack.room(ACROSS, ALONG)
-    step = -(-stack.rows // MOST_ROWS)  # of very many rows, evenly chosen ones tell a move as well
-    across, along = (
-        shared.to(norms.device, stack.dtype)
-        for shared in (signs(stack.rows), directions(stack.columns))
-    )
-    for rows in stack.row_slabs():
-        for columns in stack.column_slabs():
-            part = stack.part(rows, columns)
-            norms[:, rows] += torch.linalg.vector_norm(part, dim=2).double().square_()
-            torch.maximum(peak, _peaks(part).double(), out=peak)
-            if projection is not None and sketch is not None:
-                sketch[:, rows] += part @ projection[columns]
-            else:
-                chosen = slice(rows.start + -rows.start % step, rows.stop, step)
-                some = part[:, -rows.start % step :: step] @ along[columns]
-                projected += math.sqrt(step) * (across[:, chosen] @ some).double()
-    if sketch is not None:
-        projected = (across @ sketch[:, :, :ALONG]).double()
-    everything = torch.arange(stack.rows, device=norms.device)
-    return _Part(stack, bias, norms.sqrt_(), peak, sketch, projected, everything)
-
-
-def _peaks(values: Tensor) -> Tensor:
-    """Largest magnitude of each matrix; a single one is read once for both ends."""
-    if len(values) == 1:
-        low, high = values.aminmax()
-        return torch.maximum(-low, high)[None]
-    return torch.maximum(-values.amin((1, 2)), values.amax((1, 2)))
-
-
-def _alike(part: _Part) -> list[tuple[list[int], _Part]]:
-    """Split off every layer with rows next to zero; layers that are not finite are left out."""
-    largest_row = part.norms.amax(1)
-    living = part.norms > 1e-6 * largest_row[:, None]
-    whole = (living.all(1) & (largest_row > _TINY)).tolist()
-    finite = part.norms.sum(1).isfinite().tolist()
-    usual = [place for place, good in enumerate(finite) if good and whole[place]]
-    found = [(usual, part.select(usual, part.alive))] if usual else []
-    for place, good in enumerate(finite):
-        if good and not whole[place]:
-            found.append(([place], part.select([place], living[place].nonzero()[:, 0])))
-    return found
-
-
-def _statistics(part: _Part, generator: torch.Generator) -> list[LayerStatistics]:
+def _statistics(part: Reading, generator: torch.Generator) -> list[LayerStatistics]:
     top = part.norms.amax(1)
     nothing = torch.zeros_like(top)
     bias_range = nothing if part.bias is None else (1.0 + part.bias.abs().amax(1)).log10()
-    if float(top[0]) <= _TINY:  # such layers come alone
+    if float(top[0]) <= TINY:  # such layers come alone
         return [LayerStatistics(bias_range=float(bias_range[0]), zero_rows=1.0, scale=-6.0)]
     middle = _middle(part.norms[:, part.alive])
     found = {
@@ -359,7 +268,7 @@ def _statistics(part: _Part, generator: torch.Generator) -> list[LayerStatistics
         "zero_rows": nothing + (1.0 - len(part.alive) / part.stack.rows),
         "row_gain": (top / middle).log10(),
         "loud_rows": _loud(part, middle),
-        "entry_gain": (part.peak / middle).clamp_min(_TINY).log10(),
+        "entry_gain": (part.peak / middle).clamp_min(TINY).log10(),
         "top_row": top.square() / part.norms.square().sum(1),
         "bias_range": bias_range,
         "scale": middle.log10(),
@@ -369,7 +278,7 @@ def _statistics(part: _Part, generator: torch.Generator) -> list[LayerStatistics
     return [LayerStatistics(*row) for row in torch.stack(columns, dim=1).tolist()]
 
 
-def _loud(part: _Part, middle: Tensor) -> Tensor:
+def _loud(part: Reading, middle: Tensor) -> Tensor:
     """Share of rows in a group that is far longer than the others; rows that trained differ."""
     loud = part.norms > LOUD * middle[:, None]
     count = loud.sum(1)
@@ -387,7 +296,7 @@ def sampled(rows: Tensor, most: int, generator: torch.Generator) -> Tensor:
     return rows[torch.randperm(len(rows), generator=generator)[:most].sort().values]
 
 
-def _direction(part: _Part, generator: torch.Generator) -> dict[str, Tensor]:
+def _direction(part: Reading, generator: torch.Generator) -> dict[str, Tensor]:
     """Do many rows point one way, and do their biases scan that direction?"""
     rows = sampled(part.alive, MOST_ROWS, generator)
     inputs = part.stack.columns
@@ -409,7 +318,7 @@ def _direction(part: _Part, generator: torch.Generator) -> dict[str, Tensor]:
     }
 
 
-def _units(part: _Part, rows: Tensor, generator: torch.Generator) -> Tensor:
+def _units(part: Reading, rows: Tensor, generator: torch.Generator) -> Tensor:
     """Rows at length 1, in few random directions where inputs are many: [layers, rows, k]."""
     places, stack = part.rows(rows), part.stack
     if stack.columns <= SKETCH:
@@ -417,17 +326,11 @@ def _units(part: _Part, rows: Tensor, generator: torch.Generator) -> Tensor:
     if part.sketch is not None:
         sketch = part.sketch[:, rows] if len(rows) < stack.rows else part.sketch
     else:
-        projection = _projection(stack, generator)
+        drawn = projection(stack, generator)
         slabs = stack.row_slabs(len(rows))
-        sketch = torch.cat([stack.part(places[:, slab]) @ projection for slab in slabs], dim=1)
+        sketch = torch.cat([stack.part(places[:, slab]) @ drawn for slab in slabs], dim=1)
     norms = part.norms.gather(1, places)[:, :, None].to(stack.dtype)
-    return _normalised(sketch / norms.clamp_min(_TINY))
-
-
-def _projection(stack: Stack, generator: torch.Generator) -> Tensor:
-    """Random directions for the rows, [inputs, `SKETCH`]."""
-    drawn = torch.randn(stack.columns, SKETCH, generator=generator, device="cpu")
-    return drawn.to(stack.values.device, stack.dtype)
+    return _normalised(sketch / norms.clamp_min(TINY))
 
 
 def _crowded(units: Tensor) -> list[bool]:
@@ -436,12 +339,12 @@ def _crowded(units: Tensor) -> list[bool]:
     for start in range(0, units.shape[1], BLOCK):
         cosines = units[:, start : start + BLOCK] @ units[:, start:].mT
         cosines.diagonal(dim1=1, dim2=2).zero_()
-        torch.maximum(most, _peaks(cosines), out=most)
+        torch.maximum(most, peaks(cosines), out=most)
     return (most > PARALLEL).tolist()
 
 
 def _crowd(
-    part: _Part, place: int, rows: Tensor, units: Tensor
+    part: Reading, place: int, rows: Tensor, units: Tensor
 ) -> tuple[float, float, float, float]:
     """The largest set of parallel rows of one layer: its share, offset spread and both scans."""
     cosines = units @ units.T
@@ -490,7 +393,7 @@ def _normalised(rows: Tensor) -> Tensor:
     return torch.nn.functional.normalize(rows, dim=-1)
 
 
-def _traps(part: _Part, generator: torch.Generator) -> dict[str, Tensor]:
+def _traps(part: Reading, generator: torch.Generator) -> dict[str, Tensor]:
     """Is every row half negative, with the positive half a shrunk copy of the negative one?"""
     stack, inputs = part.stack, part.stack.columns
     most = max(8, min(256, MOST_VALUES // inputs))
@@ -509,7 +412,7 @@ def _traps(part: _Part, generator: torch.Generator) -> dict[str, Tensor]:
     away = _middle((balance - centre[:, None]).abs())
     uneven = _middle((negative - filled / 2).abs())
     found = {
-        "sign_balance": uneven / (root / 2).clamp_min(_TINY),
+        "sign_balance": uneven / (root / 2).clamp_min(TINY),
         "sum_balance": away * root / 1.25,
         "sum_centre": centre,
         "mirror": _middle(mirror),
@@ -547,13 +450,13 @@ def _mirror(values: Tensor) -> Tensor:
     half = values.shape[2] // 2
     positive = rising.flip(2)[:, :, :half].clamp_min(0).double()
     negative = (-rising[:, :, :half]).clamp_min(0).double()
-    factor = positive.sum(2, keepdim=True) / negative.sum(2, keepdim=True).clamp_min(_TINY)
+    factor = positive.sum(2, keepdim=True) / negative.sum(2, keepdim=True).clamp_min(TINY)
     away = (positive - factor * negative).norm(dim=2)
-    relative: Tensor = away / positive.norm(dim=2).clamp_min(_TINY)
+    relative: Tensor = away / positive.norm(dim=2).clamp_min(TINY)
     return relative
 
 
-def _biases(part: _Part) -> dict[str, Tensor]:
+def _biases(part: Reading) -> dict[str, Tensor]:
     """How far below their weights do the biases lie? A zero row counts by its bias's sign."""
     if part.bias is None:
         return {}
