@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from html import escape
+from statistics import fmean
 from typing import TYPE_CHECKING
 
+from sentinel.interval import of_mean
 from sentinel.page.html import document, table
 from sentinel.stress.lab import words
 from sentinel.stress.lab.charts import STYLE as CHART_STYLE
@@ -177,7 +179,7 @@ def _curves(curves: Curves) -> str:
         (
             point.turn.words,
             _attacked(point),
-            "no time" if point.utility is None else f"{point.utility.mean:.3f}",
+            _learned(curves, point),
         )
         for point in curves.points
     ]
@@ -191,6 +193,7 @@ def _curves(curves: Curves) -> str:
             ),
         )
     where = escape(curves.item.setting.words)
+    gets = "attacker gets (knowing nothing); 95 % of the gain"
     short = len(curves.points) < curves.planned
     more = f" {len(curves.points)} of {curves.planned} turns fitted into the time." if short else ""
     return f"""<h3>Protection against usefulness</h3>
@@ -199,7 +202,21 @@ what the attack gets, with nothing but clip, noise and mask between ({where}). T
 federation of four parts of these records learns. Where to be is the corner below on the
 right.{more}</p>
 {curve_svg(curves)}
-{table(("policy", "attacker gets (knowing nothing); 95 % of the gain", curves.metric), rows)}"""
+{table(("policy", gets, f"{curves.metric}; beside no guard"), rows)}"""
+
+
+def _learned(curves: Curves, point: Point) -> str:
+    """What the federation learned; a loss means something only beside the same one unguarded."""
+    if point.utility is None:
+        return "no time"
+    gained = curves.gained(point)
+    if len(gained) < 2:  # noqa: PLR2004 - one pair has no spread
+        return f"{point.utility.mean:.3f}"
+    found = of_mean(gained, confidence=CONFIDENCE)
+    return (
+        f"{point.utility.mean:.3f}; {fmean(gained):+.3f}, "
+        f"from {found.low:+.3f} to {found.high:+.3f} in {len(gained)} pairs"
+    )
 
 
 def _attacked(point: Point) -> str:

@@ -137,6 +137,7 @@ def _curves(curves: Curves) -> dict[str, Any]:
                 "leak": None if point.leak is None else tally_record(point.leak),
                 "kept_in": point.kept,
                 "utility": _utility(point.utility),
+                "above_no_guard": [round(one, 6) for one in curves.gained(point)],
             }
             for point in curves.points
         ],

@@ -120,6 +120,16 @@ class Curves:
         found = (self.utility, *(point.utility for point in self.points))
         return next((one.metric for one in found if one is not None), "utility")
 
+    def gained(self, point: Point) -> tuple[float, ...]:
+        """Utility above that without a guard, one value for each repeat that both went through.
+
+        Repeats are paired: the parts, the start and the orders of batches are the same.
+        """
+        if self.utility is None or point.utility is None:
+            return ()
+        pairs = zip(point.utility.values, self.utility.values, strict=False)
+        return tuple(guarded - plain for guarded, plain in pairs)
+
 
 @dataclass(frozen=True, slots=True)
 class Result:

@@ -86,7 +86,7 @@ def some_curves(result: Result) -> Curves:
         Point(Turned(Knob.NOISE_MULTIPLIER, 0.3), leak, learned),
         Point(Turned(Knob.KEEP, 0.2), None, learned, kept=3),
     )
-    return Curves(row.item, leak, learned, points, planned=5)
+    return Curves(row.item, leak, Utility("AUC", (0.85, 0.93)), points, planned=5)
 
 
 def parsed(html: str) -> Reader:
@@ -116,6 +116,16 @@ def test_the_page_parses_and_needs_nothing_else(rows, pictures, redacted) -> Non
     assert "/where/it/lies" in html
     assert "svg" in reader.tags
     assert ">noise per value 0.3</text>" in html
+
+
+def test_what_a_policy_costs_is_paired_with_the_same_federation_unguarded(rows) -> None:
+    assert rows.curves.gained(rows.curves.points[0]) == pytest.approx((-0.05, -0.03))
+    html = page([rows], "here", redacted=False)
+    assert "0.850; -0.040, from -0.167 to +0.087 in 2 pairs" in html
+    once = replace(rows.curves.points[0], utility=Utility("AUC", (0.8,)))
+    short = replace(rows, curves=replace(rows.curves, points=(once,)))
+    assert "in 1 pairs" not in page([short], "here", redacted=False)
+    assert replace(rows.curves, utility=None).gained(once) == ()
 
 
 def test_before_and_after_stand_side_by_side(pictures) -> None:
