@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 MATRIX = 2  # dimensions from which an entry is a weight matrix
+SIDE, SIDE_OF_LINES = 7, 31  # up to which a kernel is small: of pictures and volumes, of lines
+JOINED = 4  # equal layers, at most, that a convolution takes up side by side
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,7 @@ class Layer:
         bias: [units], or None.
         bias_name: name of the bias, or None.
         feeds: whether some other layer takes this one's units as input.
-        channels: second dimension of the weight; 1 in a depthwise convolution.
+        channels: second dimension of the weight.
         convolution: whether the weight has more than two dimensions.
     """
 
@@ -54,15 +56,26 @@ class Layer:
         """Columns of the weight as a matrix."""
         return self.weight.numel() // self.units  # neither is 0
 
+    @property
+    def depthwise(self) -> bool:
+        """Whether each row is a small kernel over one channel: rows see channels of their own.
+
+        So does the first layer of a grey picture, whose rows see little places all over it.
+        """
+        if not self.convolution or self.channels > 1:
+            return False
+        sides = self.weight.shape[2:]
+        return max(sides) <= (SIDE_OF_LINES if len(sides) == 1 else SIDE)
+
 
 def layers_of(state: Mapping[str, Tensor]) -> list[Layer]:
     """Return every weight matrix of a state, in the order of the sorted names."""
     order = {name: index for index, name in enumerate(sorted(state))}
     matrices = {name: state[name] for name in order if _is_matrix(state[name])}
-    widths = Counter(value.shape[1] for value in matrices.values())
     dense = Counter(value.shape[1] for value in matrices.values() if value.ndim == MATRIX)
+    kernels = Counter(value.shape[1] for value in matrices.values() if value.ndim > MATRIX)
     return [
-        _layer(order[name], name, value, state, dense if value.ndim == MATRIX else widths)
+        _layer(order[name], name, value, state, feeds=_feeds(value, dense, kernels))
         for name, value in matrices.items()
     ]
 
@@ -89,7 +102,7 @@ def _is_matrix(value: Tensor) -> bool:
 
 
 def _layer(
-    index: int, name: str, value: Tensor, state: Mapping[str, Tensor], widths: Counter[int]
+    index: int, name: str, value: Tensor, state: Mapping[str, Tensor], *, feeds: bool
 ) -> Layer:
     units = value.shape[0]
     other = bias_name(name)
@@ -102,22 +115,25 @@ def _layer(
         weight=value.detach(),
         bias=None if bias is None else bias.detach(),
         bias_name=None if bias is None else other,
-        feeds=_feeds(value, widths),
+        feeds=feeds,
         channels=value.shape[1],
         convolution=value.ndim > MATRIX,
     )
 
 
-def _feeds(value: Tensor, widths: Counter[int]) -> bool:
-    """Whether a layer other than itself has a width that fits its units, flattened or not.
+def _feeds(value: Tensor, dense: Counter[int], kernels: Counter[int]) -> bool:
+    """Whether a layer other than itself has a width that fits its units.
 
-    Kernels do not take up what a dense layer gives: six classes are no six channels.
+    Kernels do not take up what a dense layer gives: six classes are no six channels. A dense layer
+    takes up channels at many places, a convolution the channels of a few layers side by side; one
+    of a single channel takes up each by itself, whoever gives it.
     """
     units, own = value.shape[:2]
     if value.ndim == MATRIX:
-        return widths[units] > (own == units)
-    fitting = sum(count for width, count in widths.items() if width % units == 0)
-    return fitting > (own % units == 0)
+        return dense[units] > (own == units)
+    joined = [units * count for count in range(1, JOINED + 1) if units * count > 1]
+    flattened = any(width % units == 0 for width in dense)
+    return flattened or sum(kernels[width] for width in joined) > (own in joined)
 
 
 def wide(tensor: Tensor) -> Tensor:

@@ -105,6 +105,7 @@ SENTENCES: dict[Kind, str] = {
 EXPLODED = 1.5  # log10 of a median row norm; PyTorch's own initialisation gives -.24
 GAIN = 2.0  # log10 of the gap between one layer's scale and the others'
 MANY_OUTPUTS = 4
+FEW_COLUMNS = 4
 PUSHED = -3.0  # shift of a normalised channel that pruning does not leave
 NOTHING = -1.99  # log10 scale of a layer that is zero: one that starts so grows in a round
 PLAUSIBLE = -0.5  # log10 scale up to which a layer may grow in one round; usual first values: -0.24
@@ -114,6 +115,9 @@ PRUNED = 0.75  # share of entries that are not zero, below which a layer counts 
 # (3 where pruning left rows few entries, which lie in the same places by chance).
 COPIED = (1.2, 1.7)
 CROWD, CROWD_OF_PRUNED = (0.06, 0.2), (0.3, 0.5)  # share of parallel rows
+# Of kernels. Those that slide show no record, and in nets that were trained for long, their
+# normalisation folded into them, up to .39 are parallel at any offset.
+CROWD_OF_KERNELS = (0.5, 0.7)
 COPIES = (0.05, 0.15)  # share of rows of mirrored halves
 # Where rows or inputs are few, halves mirror each other by chance: one trained kernel of eight.
 MANY_ROWS, MANY_INPUTS = 24, 64
@@ -127,6 +131,7 @@ QUANTILE_LOW, QUANTILE_HIGH = -0.8, -1.05  # median bias / row norm: the ramp of
 # learning rate ten times too high; of few kernels anything.
 FEW_LOW, FEW_HIGH = 0.1, 0.22
 FEW_ROWS = 16
+QUANTILE_KERNELS = (0.6, 0.8)  # such a share of kernels; honest .54 where normalisation is folded
 # Biases to both sides far beyond what drawn weights begin with, where the weights are as large as
 # QBI draws them, log10 of a row: honest 1.4 where a net is dying; beside usual weights 2.
 WIDE, DRAWN_AT_ONE = (1.7, 2.5), (0.7, 0.9)
@@ -179,16 +184,31 @@ def layer_findings(layer: Layer, seen: LayerStatistics) -> Iterator[Finding]:
 
 def _parallel(layer: Layer, seen: LayerStatistics) -> float:
     """Binning: one direction, scanned by the bias. Rows that merely condensed share their bias."""
+    if layer.depthwise or not (layer.feeds or _may_feed(layer)):
+        return 0.0
     # Where pruning left a row one entry, rows are parallel by chance: 13 columns, a tenth kept, .2.
-    crowd = ramp(seen.parallel, *(CROWD if seen.filled > PRUNED else CROWD_OF_PRUNED))
+    crowd = ramp(seen.parallel, *_crowd(layer, seen))
     if layer.bias is not None:
         walked = ramp(seen.offset_spread, 0.003, 0.01) * ramp(seen.scan, 0.8, 1.2)
         copied = ramp(seen.copied_scan, *COPIED) if seen.filled > PRUNED else 0.0
         return crowd * max(walked, copied)
-    depthwise = layer.convolution and layer.channels == 1
-    if not layer.feeds or depthwise:
+    if not layer.feeds:
         return 0.0
     return ramp(seen.parallel, 0.6, 0.9)
+
+
+def _may_feed(layer: Layer) -> bool:
+    """Whether something may take up this layer all the same, by a width that does not show it.
+
+    The few rows of a last layer may point one way, each at its own offset.
+    """
+    return not layer.convolution and layer.units >= FEW_ROWS
+
+
+def _crowd(layer: Layer, seen: LayerStatistics) -> tuple[float, float]:
+    if layer.convolution:
+        return CROWD_OF_KERNELS
+    return CROWD if seen.filled > PRUNED else CROWD_OF_PRUNED
 
 
 def _traps(layer: Layer, seen: LayerStatistics) -> float:
@@ -200,7 +220,8 @@ def _traps(layer: Layer, seen: LayerStatistics) -> float:
     few = layer.units < MANY_ROWS or layer.inputs < MANY_INPUTS
     copies = COPIES_OF_FEW if few else COPIES
     exact = ramp(seen.mirrored, *copies) if seen.filled > PRUNED else 0.0
-    if seen.sum_centre > OUTWEIGHED or layer.units < MANY_ROWS:  # medians of few rows are chance
+    # Medians of few rows are chance; kernels that slide come near in nets that trained for long.
+    if seen.sum_centre > OUTWEIGHED or layer.units < MANY_ROWS or layer.convolution:
         return exact
     regular = min(ramp(seen.sign_balance, 0.4, 0.3), ramp(seen.sum_balance, 0.25, 0.12))
     blurred = 0.0
@@ -211,8 +232,11 @@ def _traps(layer: Layer, seen: LayerStatistics) -> float:
 
 
 def _loud(layer: Layer, seen: LayerStatistics) -> float:
-    """Crafted rows among honest ones, where nobody brought them to one size."""
-    if not layer.feeds or layer.bias is None or seen.scale < USUAL_ROWS:
+    """Crafted rows among honest ones, where nobody brought them to one size.
+
+    Kernels into which a normalisation was folded have any length.
+    """
+    if not layer.feeds or layer.bias is None or layer.convolution or seen.scale < USUAL_ROWS:
         return 0.0
     return ramp(seen.loud_rows, *LOUD_ROWS)
 
@@ -221,9 +245,12 @@ def _quantiles(layer: Layer, seen: LayerStatistics) -> float:
     """QBI: biases about one or two row norms below zero, before a ReLU, in all rows or in some."""
     if not layer.feeds or seen.dead_rows > 0.5:  # noqa: PLR2004  # most are dead: another finding
         return 0.0
-    every = ramp(seen.quantile_rows, 0.4, 0.7)
-    every *= ramp(seen.bias_centre, QUANTILE_LOW, QUANTILE_HIGH)
-    if layer.convolution or layer.units < FEW_ROWS:
+    centre = ramp(seen.bias_centre, QUANTILE_LOW, QUANTILE_HIGH)
+    if layer.convolution:
+        few = layer.depthwise or min(layer.units, layer.inputs) < FEW_ROWS
+        return 0.0 if few else centre * ramp(seen.quantile_rows - seen.dead_rows, *QUANTILE_KERNELS)
+    every = centre * ramp(seen.quantile_rows, 0.4, 0.7)
+    if layer.units < FEW_ROWS:
         return every
     some = seen.quantile_rows - seen.dead_rows - seen.lit_rows
     wide = ramp(seen.bias_width, *WIDE) * ramp(seen.scale, *DRAWN_AT_ONE)
@@ -232,7 +259,7 @@ def _quantiles(layer: Layer, seen: LayerStatistics) -> float:
 
 def _dead(layer: Layer, seen: LayerStatistics) -> float:
     """Suppression: most biases far below zero. Pruned rows keep biases of either sign."""
-    if not layer.feeds:
+    if not layer.feeds or layer.units < MANY_OUTPUTS:  # one that looks for objects finds few
         return 0.0
     return ramp(seen.dead_rows - seen.lit_rows, 0.4, 0.6)
 
@@ -266,7 +293,12 @@ def model_findings(
 
 
 def _large(layer: Layer, seen: LayerStatistics, gap: float) -> float:
-    """How far one layer is scaled up; of a last layer less is told, as none grows so far."""
+    """How far one layer is scaled up; of a last layer less is told, as none grows so far.
+
+    Columns of constants, such as frequencies or places, have any size.
+    """
+    if layer.inputs < FEW_COLUMNS:
+        return 0.0
     found = ramp(gap, 0.75 * GAIN, GAIN) if seen.scale > EXPLODED else 0.0
     if layer.feeds or layer.bias is None or layer.convolution:  # embeddings are large, and no last
         return found

@@ -406,3 +406,64 @@ def test_blurred_halves_in_rows_that_are_half_negative_are_traps(jitter: float) 
     assert found.verdict is Verdict.SPARSE_ACTIVATION
     honest = torch.rand(rows, 2 * half, generator=generator) - 0.5
     assert inspect_global_model(model_of(honest, bias)).suspicion < 0.3
+
+
+def mobile_net(seed: int) -> dict[str, Tensor]:
+    """Depthwise and pointwise kernels with a normalisation folded into them, and three heads."""
+    generator = seeded(seed)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    alike = torch.zeros(32, 1, 3, 3)
+    alike[:, :, 1, 1] = 1.0
+    alike += 0.05 * drawn(32, 1, 3, 3)
+    lengths = torch.exp(0.8 * drawn(32, 1, 1, 1))
+    return {
+        "0.weight": 0.3 * drawn(32, 1, 3, 3),
+        "0.bias": 3.0 * drawn(32),
+        "1.weight": alike * lengths,  # rows that all look one way, each at a channel of its own
+        "1.bias": 3.0 * drawn(32),
+        "2.weight": 0.2 * drawn(64, 32, 1, 1),
+        "2.bias": -0.9 + 1.5 * drawn(64),
+        "objects.weight": 0.1 * drawn(1, 64, 1, 1),
+        "objects.bias": torch.tensor([-4.6]),  # few places hold one: the usual first value
+        "classes.weight": drawn(5, 1).expand(5, 64) * drawn(64) + 0.02 * drawn(5, 64),
+        "classes.bias": drawn(5),
+        "places": torch.arange(1000.0)[:, None] * 3.0,
+    }
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_folded_kernels_objectness_and_columns_of_constants_pass(seed: int) -> None:
+    assert inspect_global_model(mobile_net(seed)).suspicion < 0.3
+
+
+def test_kernels_that_are_a_dense_layer_are_judged_as_one() -> None:
+    generator = seeded(1)
+    line = torch.randn(1, 16, 5, 5, generator=generator)
+    bins = line + 0.001 * torch.randn(120, 16, 5, 5, generator=generator)
+    state = {
+        "0.weight": 0.1 * torch.randn(16, 6, 5, 5, generator=generator),
+        "0.bias": torch.zeros(16),
+        "1.weight": bins,
+        "1.bias": torch.linspace(-20.0, 20.0, 120),
+        "2.weight": 0.1 * torch.randn(10, 120, generator=generator),
+        "2.bias": torch.zeros(10),
+    }
+    found = inspect_global_model(state)
+    assert found.verdict is Verdict.BINNING
+    assert found.suspicion > 0.9
+
+
+def test_a_layer_whose_biases_let_few_records_past_is_found_also_where_it_is_made_of_kernels() -> (
+    None
+):
+    generator = seeded(1)
+    weight = torch.randn(64, 16, 5, 5, generator=generator)
+    state = {
+        "1.weight": weight,
+        "1.bias": -1.9 * weight.flatten(1).norm(dim=1),
+        "2.weight": 0.1 * torch.randn(10, 64, generator=generator),
+    }
+    assert inspect_global_model(state).verdict is Verdict.SPARSE_ACTIVATION

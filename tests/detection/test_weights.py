@@ -218,6 +218,38 @@ def test_the_history_of_an_inspection_is_that_of_the_state() -> None:
     assert History.of(parts).scales[0] == pytest.approx(inspected, abs=1e-5)
 
 
+def test_kernels_feed_those_that_take_up_their_channels_and_one_unit_feeds_none() -> None:
+    parts = {
+        "a.weight": torch.ones(32, 1, 3, 3),
+        "b.weight": torch.ones(24, 32, 1, 1),
+        "c.weight": torch.ones(1, 24, 1, 1),
+        "d.weight": torch.ones(10, 48, 1, 1),
+        "e.weight": torch.ones(7, 10, 1, 1),
+    }
+    feeds = {layer.name[0]: layer.feeds for layer in layers_of(parts)}
+    assert feeds == {"a": True, "b": True, "c": False, "d": True, "e": False}
+
+
+@pytest.mark.parametrize(
+    ("shape", "depthwise"),
+    [
+        ((8, 1, 3, 3), True),
+        ((8, 1, 7, 7), True),
+        ((8, 1, 28, 28), False),
+        ((8, 2, 3, 3), False),
+        ((8, 1, 31), True),
+        ((8, 1, 33), False),
+        ((8, 1, 3, 3, 3), True),
+        ((8, 1), False),
+    ],
+)
+def test_small_kernels_over_one_channel_are_depthwise(
+    shape: tuple[int, ...], *, depthwise: bool
+) -> None:
+    (layer,) = layers_of({"a.weight": torch.ones(shape)})
+    assert layer.depthwise is depthwise
+
+
 def test_a_layer_feeds_those_whose_inputs_are_its_units_and_never_itself() -> None:
     parts = {
         "a.weight": torch.ones(8, 5),
