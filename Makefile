@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 
-.PHONY: help demo stress test test-slow soak test-all coverage lint type imports wheel test-wheel peers bench bench-utility bench-attacks conformance detectors detectors-evaluate clean
+.PHONY: help demo stress test test-slow soak test-all coverage lint type imports wheel test-wheel peers bench bench-utility bench-attacks bench-nets conformance detectors detectors-evaluate clean
 help:  ## say what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ \t/' | expand -t 16
 
@@ -88,6 +88,10 @@ bench-attacks: $(READY)  ## what each attacker reads, over nets, noise and polic
 	$(BIN)/python tests/benchmarks/published_claims.py
 	$(BIN)/python tests/benchmarks/policies.py
 	$(BIN)/python tests/benchmarks/policies.py --data xrays
+
+bench-nets: $(READY)  ## inspect nets that others trained and published, from the package index (500 MB)
+	$(PIP) install --quiet h5py==3.16.0
+	$(BIN)/python tests/benchmarks/published_nets.py
 
 conformance: peers  ## measure the odd inputs on every contestant and write docs/conformance.md
 	.venv-bench/bin/python tests/conformance/table.py

@@ -105,16 +105,18 @@ def estimate(
     alike = resembling(seen)
     if alike is None:
         return None
-    joint = joined(detector.leakage([seen.tolist()])[0], alike)
-    return interpolated(joint, detector.manifest.knots)
+    learned, pooled = detector.leakage([seen.tolist(), clues(measured, None).tolist()])
+    return interpolated(joined(learned, pooled, alike), detector.manifest.knots)
 
 
-def joined(learned: float, alike: float) -> float:
-    """Join what the forest estimates with what leaked from the rehearsals that are alike.
+def joined(learned: float, pooled: float, alike: float) -> float:
+    """Join three opinions: with the reference, without it, and of the rehearsals that are alike.
 
-    A geometric mean: where no rehearsal that the update resembles leaked anything, neither does it.
+    A geometric mean of what knows the model and what does not: where nothing leaked from any
+    rehearsal that the update resembles, nothing does from it. A noised update of few records looks
+    much like a large one beside a reference, and less so to what all models taught.
     """
-    return math.sqrt(max(learned, 0.0) * max(alike, 0.0))
+    return math.sqrt(max(pooled, 0.0) * math.sqrt(max(learned, 0.0) * max(alike, 0.0)))
 
 
 def _singly(

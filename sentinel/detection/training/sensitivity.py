@@ -2,8 +2,9 @@
 
 The label is measured leakage: what linear read-out takes from a synthetic round
 (`sentinel/detection/readout.py`). A pyod detector sees ordinary rounds only and says how far an
-update lies outside them; a forest learns leakage from the clues; both are joined with what leaked
-from the rehearsals that an update resembles, and mapped to leakage by a monotone curve.
+update lies outside them; a forest learns leakage from the clues, with a reference and without; all
+are joined with what leaked from the rehearsals that an update resembles, and mapped to leakage by a
+monotone curve.
 """
 
 from __future__ import annotations
@@ -312,7 +313,7 @@ def _left_out(samples: Sequence[Sample], recipe: Recipe, groups: Sequence[Sequen
         generic[chosen] = fitted.leakage(_unknown(outside))
         anomaly[chosen] = fitted.detector.decision_function(_places(_known(outside)))
     alike = np.array([resembling(sample.known) or 0.0 for sample in samples])
-    joint = [joined(*row) for row in zip(forest, alike, strict=True)]
+    joint = [joined(*row) for row in zip(forest, generic, alike, strict=True)]
     return _Tried(forest, anomaly, alike, np.array(joint), generic)
 
 

@@ -103,8 +103,9 @@ between ordinary rounds and one record; Spearman with measured leakage and AUROC
 read; mean and least over architectures.
 """
 
-PARTS_HEAD = """The same measure for the parts and for what they make together: the square root of
-what the forest makes of clues and anomaly ({detector}), times what leaked from the rehearsals.
+PARTS_HEAD = """The same measure for the parts and for what they make together: the geometric mean
+of what the forest makes of clues and anomaly ({detector}) and of what leaked from the rehearsals,
+and once more of that and of the forest without a reference.
 """
 
 RELIABILITY_HEAD = """All rounds, noised ones and unscaled columns too; detector and forest fitted
@@ -141,9 +142,10 @@ reference), and what leaks from each is measured. The update is compared with th
 the six that it resembles most; where it lies between ordinary rehearsals ({many} and more records)
 and those of one record, and how anomalous that is, judged by {detector} (pyod), which saw ordinary
 rounds only. A forest of {trees} trees learns leakage from all of that and from absolute features,
-such as how many of a server's guesses have another one close by. What it says and what the
-rehearsals say are joined (their geometric mean) and mapped to leakage by a monotone curve. Without
-a reference the forest alone scores, on absolute features.
+such as how many of a server's guesses have another one close by. What it says with the reference
+and what the rehearsals say are joined (their geometric mean), and that with what it says of
+absolute features alone (once more); a monotone curve maps this to leakage. Without a reference the
+forest alone scores, on absolute features.
 
 Trained and measured on {samples} synthetic rounds of {models} models.
 """
