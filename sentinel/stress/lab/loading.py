@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from sentinel.errors import MisuseError
+from sentinel.stress.lab.normalisation import Normalisation
 from sentinel.stress.lab.subject import FEWEST, Kind, Subject, default_loss, kind_of
 from sentinel.stress.records import Records
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 _FORM = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 _HELD_OUT = 0.3  # share that is kept out of training where the loader names none
 _PARTS = ("train", "held_out", "public")
-_CHOICES = ("kind", "categorical", "property", "loss", "rate", "batch")
+_CHOICES = ("kind", "categorical", "property", "mean", "std", "loss", "rate", "batch")
 _TWO = 2  # inputs and labels
 
 
@@ -40,7 +41,7 @@ def load_subject(model: str, data: str, generator: torch.Generator) -> Subject:
         model: `package.module:factory`; gives a torch.nn.Module.
         data: `package.module:loader`; gives (inputs, labels), a torch Dataset of such pairs, or a
             mapping or dataclass with `train` and, where there are any, `held_out`, `public`,
-            `kind`, `categorical`, `property`, `loss`, `rate`, `batch`.
+            `kind`, `categorical`, `property`, `mean`, `std`, `loss`, `rate`, `batch`.
         generator: draws the held-out records where the loader names none.
 
     Raises:
@@ -83,6 +84,7 @@ def subject_of(module: nn.Module, given: object, generator: torch.Generator, nam
         rate=_number(parts.get("rate", 0.05), "rate"),
         batch=_whole(parts.get("batch", 32)),
         categorical=_columns(parts.get("categorical", ()), train),
+        normalisation=_normalisation(parts.get("mean"), parts.get("std")),
     )
 
 
@@ -239,6 +241,21 @@ def _loss(given: object, train: Records) -> Callable[[Tensor, Tensor], Tensor]:
     if not callable(given):
         raise MisuseError("loss must be a function of the model's answers and the labels.")
     return given
+
+
+def _normalisation(mean: object, std: object) -> Normalisation | None:
+    if mean is None and std is None:
+        return None
+    if mean is None or std is None:
+        raise MisuseError("mean and std go together; give both, or neither.")
+    return Normalisation(_numbers(mean, "mean"), _numbers(std, "std"))
+
+
+def _numbers(given: object, name: str) -> tuple[float, ...]:
+    try:
+        return tuple(torch.as_tensor(given, dtype=torch.float64).flatten().tolist())
+    except (TypeError, ValueError, RuntimeError):
+        raise MisuseError(f"{name} must be a number, or one for each channel.") from None
 
 
 def _columns(given: object, train: Records) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812 - the name that PyTorch's users know
 
 from sentinel.errors import MisuseError
+from sentinel.stress.lab.normalisation import Normalisation
 from sentinel.stress.layers import copied
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ class Subject:
         rate: learning rate of plain SGD.
         batch: records per step of local training.
         categorical: columns of a table that hold categories.
+        normalisation: of pictures, as the training plan has it; None to measure it.
+        pixels: how pictures stand to pixels from 0 to 1: as given, or by the range of all records.
     """
 
     name: str
@@ -60,6 +63,8 @@ class Subject:
     rate: float = 0.05
     batch: int = 32
     categorical: tuple[int, ...] = ()
+    normalisation: Normalisation | None = None
+    pixels: Normalisation = field(init=False)
     start: State = field(init=False)
 
     def __post_init__(self) -> None:
@@ -70,10 +75,10 @@ class Subject:
         """
         if not self.rate > 0.0 or self.batch < 1:
             raise MisuseError("The learning rate must be above 0 and the batch at least 1 record.")
-        for part in (self.train, self.held_out, self.public):
-            if part is not None:
-                _require_records(part, self.kind)
-                _require_alike(part, self.train)
+        for part in self._parts():
+            _require_records(part, self.kind)
+            _require_alike(part, self.train)
+        object.__setattr__(self, "pixels", self._pixels())
         object.__setattr__(self, "start", copied(self.model.state_dict()))
         self._require_fit()
 
@@ -83,8 +88,22 @@ class Subject:
         return 2 if self.train.labels.is_floating_point() else int(self._labels().max()) + 1
 
     def _labels(self) -> Tensor:
+        return torch.cat([part.labels for part in self._parts()])
+
+    def _parts(self) -> list[Records]:
         parts = (self.train, self.held_out, self.public)
-        return torch.cat([part.labels for part in parts if part is not None])
+        return [part for part in parts if part is not None]
+
+    def _pixels(self) -> Normalisation:
+        if self.kind is not Kind.IMAGE:
+            if self.normalisation is not None:
+                raise MisuseError("mean and std are of pictures; leave them out.")
+            return Normalisation()
+        parts = [part.inputs for part in self._parts()]
+        if self.normalisation is None:
+            return Normalisation.measured(parts)
+        self.normalisation.require_fit(parts)
+        return self.normalisation
 
     def _require_fit(self) -> None:
         """One step of training on two records gives a finite loss and a gradient."""
@@ -151,7 +170,8 @@ def _require_records(part: Records, kind: Kind) -> None:
     if not inputs.is_floating_point() and inputs.ndim > _AXES["text"]:
         raise MisuseError(
             f"Inputs of shape {list(inputs.shape)} hold whole numbers, which are taken for tokens "
-            "of texts. Give pictures as decimals from 0 to 1, such as images.float() / 255."
+            "of texts. Give pictures as decimals, such as images.float() / 255, normalised where "
+            "the model takes them so."
         )
     if inputs.ndim != _AXES[kind.value]:
         raise MisuseError(

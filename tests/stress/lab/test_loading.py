@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from sentinel.errors import MisuseError
 from sentinel.stress.lab.loading import load_subject, subject_of
+from sentinel.stress.lab.normalisation import Normalisation
 from sentinel.stress.lab.subject import Kind, Subject
 
 ROWS, LABELS = (
@@ -85,6 +87,12 @@ def test_every_form_gives_the_same_records_and_keeps_three_tenths_back(given) ->
         ({"train": (ROWS, LABELS), "batch": math.nan}, "batch must be a whole number"),
         ({"train": (ROWS, LABELS), "categorical": "Smith"}, "from 0 to 4"),
         ({"train": (ROWS, LABELS), "categorical": [5]}, "from 0 to 4"),
+        ({"train": (ROWS, LABELS), "mean": 0.5}, "mean and std go together"),
+        ({"train": (ROWS, LABELS), "std": 0.5}, "mean and std go together"),
+        ({"train": (ROWS, LABELS), "mean": 0.5, "std": 0.5}, "mean and std are of pictures"),
+        ({"train": (ROWS, LABELS), "mean": "Smith", "std": 0.5}, "mean must be a number"),
+        ({"train": (ROWS, LABELS), "mean": 0.5, "std": ["Smith"]}, "std must be a number"),
+        ({"train": (ROWS, LABELS), "mean": 0.5, "std": 0}, "those of std be above 0"),
         ({"train": (ROWS, LABELS), "loss": "mean"}, "loss must be a function"),
         ({"train": (ROWS, LABELS), "property": LABELS[:5]}, "one value, 0 or 1"),
         ({"train": (ROWS, LABELS), "property": ["Smith"] * 200}, "one value, 0 or 1"),
@@ -119,6 +127,23 @@ def test_parts_may_have_properties_of_their_own() -> None:
     found = subject({**parts, "property": flags})
     assert torch.equal(found.public.flags, LABELS == 0)
     assert found.held_out.flags is None
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [
+        ([0.25, 0.5, 0.75], (0.5, 0.25, 0.5)),
+        (torch.tensor([0.25, 0.5, 0.75])[:, None, None], torch.tensor([0.5, 0.25, 0.5])),
+        (np.array([0.25, 0.5, 0.75]), np.array([0.5, 0.25, 0.5], dtype=np.float32)),
+    ],
+    ids=["sequences", "tensors", "arrays"],
+)
+def test_a_normalisation_is_taken_in_the_forms_that_transforms_take(mean, std) -> None:
+    plan = Normalisation((0.25, 0.5, 0.75), (0.5, 0.25, 0.5))
+    pictures = torch.rand(200, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    data = {"train": (plan.to_inputs(pictures), LABELS), "mean": mean, "std": std}
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 144, 2))
+    assert subject_of(net, data, torch.Generator().manual_seed(0), "site").pixels == plan
 
 
 @pytest.mark.parametrize(
