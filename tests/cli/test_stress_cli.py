@@ -155,6 +155,43 @@ def test_what_the_sites_code_prints_does_not_break_the_json(site: Path) -> None:
     assert json.loads(result.stdout)["schema"] == 1
 
 
+PICTURES = """
+import torch
+
+def net():
+    torch.manual_seed(0)
+    first, last = torch.nn.Linear(3 * 144, 32), torch.nn.Linear(32, 2)
+    return torch.nn.Sequential(torch.nn.Flatten(), first, torch.nn.ReLU(), last)
+
+def data():
+    pixels = torch.rand(160, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    return {"train": ((pixels - 0.5) / 0.25, torch.arange(160) % 2), "mean": [0.5] * 3, "std": STD}
+"""
+
+
+@pytest.mark.parametrize(
+    ("std", "name", "expected"),
+    [
+        ("0.25", "normalised", ""),
+        ("[0.25] * 2", "two_of_three", "each of the 3 channels; got 3 and 2"),
+        ("None", "mean_alone", "mean and std go together"),
+    ],
+)
+def test_normalised_pictures_are_taken_with_the_mean_and_std_of_the_loader(
+    site: Path, std, name, expected
+) -> None:
+    (site / f"{name}.py").write_text(PICTURES.replace("STD", std))
+    command = ["stress", "--model", f"{name}:net", "--data", f"{name}:data", *policy(site), *SHORT]
+    result = runner.invoke(app, [*command, "--json"])
+    if expected:
+        assert result.exit_code == 2
+        assert expected in " ".join(result.output.split())
+        return
+    found = json.loads(result.stdout)["subjects"][0]
+    assert found["kind"] == "image"
+    assert found["attacks"][0]["raw"]["measures"][1]["mean"] == 1.0
+
+
 def test_nothing_to_be_said_is_no_pass(site: Path) -> None:
     """One of the first conditions is withheld, the other does not fit into the time."""
     command = ["stress", *NAMES, *policy(site, least=16), "--attacks", "rows", "--no-curves"]

@@ -112,7 +112,7 @@ class Exhibit:
     """One record, and what the attacker made of it; for the site's own eyes.
 
     Attributes:
-        truth: the record, as the model takes it.
+        truth: the record, as the model takes it; of a picture its pixels, from 0 to 1.
         guess: the attacker's closest guess, of the same shape.
         score: how close, 1 is all of it.
         index: of the record among those behind the update.

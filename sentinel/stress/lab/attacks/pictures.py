@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from sentinel.stress.lab.exchange import Case
     from sentinel.stress.lab.setting import Setting
     from sentinel.stress.lab.subject import Subject
+    from sentinel.stress.passive.local_training import LocalTraining
     from sentinel.stress.records import Records
 
     _Search = Matching | Estimation | Descent
@@ -54,22 +55,19 @@ class Pictures:
 
     name = "pictures"
     title = "pictures, rebuilt from the update by search and with a prior of public pictures"
-    knows = "labels, batches and learning rate, and every figure of the guard's treatment"
+    knows = "labels, batches, the whole training plan, and every figure of the guard's treatment"
     worth = 1.0
     seconds = 6.0
     wanted = 6
     of_groups = False
 
     def misfit(self, subject: Subject, setting: Setting) -> str | None:
-        """It takes pictures from 0 to 1, at least 11 pixels wide."""
+        """It takes pictures, at least 11 pixels wide, and every class among the held-out ones."""
         del setting
         if subject.kind is not Kind.IMAGE:
             return "the records are no pictures"
-        inputs = subject.train.inputs
-        if min(inputs.shape[2:]) < WINDOW:
+        if min(subject.train.inputs.shape[2:]) < WINDOW:
             return f"it takes pictures of at least {WINDOW} pixels a side"
-        if float(inputs.min()) < 0.0 or float(inputs.max()) > 1.0:
-            return "it takes pixels from 0 to 1"
         counts = subject.held_out.labels.long().bincount(minlength=subject.classes)
         if int(counts.min()) == 0:
             return "every class needs a held-out record, to find a picture among"
@@ -80,6 +78,7 @@ class Pictures:
     ) -> Finding:
         """Rebuild, match to the truth within each class, and compare with the class mean."""
         scale = yardstick(case.subject)
+        behind = case.subject.pixels.pictures(behind)
         labels = behind.labels.long()
         best: Tensor | None = None
         hits, cut = 0, False
@@ -107,19 +106,19 @@ def _guesses(
     """The pictures of each attacker that fits into the time, and whether others did not."""
     shape = case.subject.train.inputs.shape[1:]
     pace, prior = pace_of(case, shape), prior_of(case.subject)
-    searches = _searches(case, prior)
+    searches, training = _searches(case, prior), in_pixels(case)
     fitting = [search for search in searches if _cost(search, pace) <= deadline.left]
     if not fitting:  # a search that is cut short says nothing
         raise OutOfTimeError
     for number, search in enumerate(fitting, start=1):
         if isinstance(search, Estimation):
             assert prior is not None  # noqa: S101 - `_searches` gives none without it
-            guesses = most_likely(case.training, case.seen, prior, search, generator)
+            guesses = most_likely(training, case.seen, prior, search, generator)
         elif isinstance(search, Descent):
-            found = match_distance(case.training, case.seen, search, tuple(shape), generator)
+            found = match_distance(training, case.seen, search, tuple(shape), generator)
             guesses = found.pictures
         else:
-            guesses = match_direction(case.training, case.seen, search, tuple(shape), generator)
+            guesses = match_direction(training, case.seen, search, tuple(shape), generator)
         late = deadline.passed and number < len(fitting)
         yield guesses, late or len(fitting) < len(searches)
         if late:
@@ -135,6 +134,11 @@ def _searches(case: Case, prior: ImagePrior | None) -> list[_Search]:
         sharp = [SHARP] if smooth(case.model) else []
         return [*with_prior, plain] if noisy else [plain, *with_prior, *sharp]
     return [*with_prior, *BATCH.searches.values()]
+
+
+def in_pixels(case: Case) -> LocalTraining:
+    """The site's training, of pixels from 0 to 1: the plan and its normalisation are public."""
+    return case.subject.pixels.replayed(case.training)
 
 
 def smooth(model: nn.Module) -> bool:
@@ -158,11 +162,11 @@ def _cost(search: _Search, pace: float) -> float:
 
 def pace_of(case: Case, shape: torch.Size) -> float:
     """Seconds that one update and its derivative take here; the first is slow, so the second."""
-    inputs = torch.full((len(case.training.labels), *shape), 0.5, requires_grad=True)
-    begun = 0.0
+    inputs = torch.full((len(case.training.labels), *shape), GREY, requires_grad=True)
+    training, begun = in_pixels(case), 0.0
     for _ in range(2):
         begun = time.monotonic()
-        torch.autograd.grad(case.training.update(inputs).square().sum(), inputs)
+        torch.autograd.grad(training.update(inputs).square().sum(), inputs)
     return max(time.monotonic() - begun, 1e-5)
 
 
@@ -171,11 +175,12 @@ def prior_of(subject: Subject) -> ImagePrior | None:
     """What the public pictures say; None where there are too few of a class."""
     if subject.public is None:
         return None
-    labels = subject.public.labels.long()
+    public = subject.pixels.pictures(subject.public)
+    labels = public.labels.long()
     most = int(labels.bincount(minlength=subject.classes).min()) - 1
     if most < _FEWEST:
         return None
-    return fit_prior(subject.public.inputs, labels, min(COMPONENTS, most // 2))
+    return fit_prior(public.inputs, labels, min(COMPONENTS, most // 2))
 
 
 @functools.lru_cache(maxsize=1)
@@ -184,20 +189,20 @@ def yardstick(subject: Subject) -> ImagePrior:
     known = prior_of(subject)
     if known is not None:
         return known
-    labels = subject.held_out.labels.long()
+    held_out = subject.pixels.pictures(subject.held_out)
+    labels = held_out.labels.long()
     means = []
     for label in range(subject.classes):
-        own = subject.held_out.inputs[labels == label]
-        means.append(own.mean(0) if len(own) else subject.held_out.inputs.mean(0))
+        own = held_out.inputs[labels == label]
+        means.append(own.mean(0) if len(own) else held_out.inputs.mean(0))
     return ImagePrior(torch.stack(means), torch.zeros(subject.classes, 1, means[0].numel()))
 
 
 @functools.lru_cache(maxsize=1)
 def _decoys(subject: Subject) -> tuple[Tensor, ...]:
-    labels = subject.held_out.labels.long()
-    return tuple(
-        subject.held_out.inputs[labels == label][:DECOYS] for label in range(subject.classes)
-    )
+    held_out = subject.pixels.pictures(subject.held_out)
+    labels = held_out.labels.long()
+    return tuple(held_out.inputs[labels == label][:DECOYS] for label in range(subject.classes))
 
 
 def similarity(alike: Tensor, scale: ImagePrior, behind: Records) -> Tally:

@@ -63,10 +63,13 @@ class Rows:
     ) -> Finding:
         """Guess rows, and count those that are records behind the update."""
         del generator, deadline  # nothing random, and done in a moment
+        pixels, shape = case.subject.pixels, behind.inputs.shape[1:]
         guesses = guesses_at_rows(case)
-        rows = behind.inputs.flatten(1)
-        errors = nearest(guesses, rows)
-        others = nearest(guesses, case.subject.held_out.inputs[:_YARDSTICK].flatten(1))
+        guesses = pixels.to_pixels(guesses.view(len(guesses), *shape)).flatten(1)
+        behind = pixels.pictures(behind)
+        held_out = pixels.to_pixels(case.subject.held_out.inputs[:_YARDSTICK])
+        errors = nearest(guesses, behind.inputs.flatten(1))
+        others = nearest(guesses, held_out.flatten(1))
         return Finding(
             (
                 _within("records read closely (error under 30 %)", errors, others, NEAR),

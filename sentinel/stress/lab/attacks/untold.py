@@ -17,6 +17,7 @@ from sentinel.stress.lab.attacks.pictures import (
     GREY,
     SHARP,
     Pictures,
+    in_pixels,
     lone_search,
     pace_of,
     prior_of,
@@ -54,7 +55,7 @@ class Untold:
 
     name = "untold"
     title = "pictures, rebuilt by a server that is told neither labels nor the order of batches"
-    knows = "batch size, epochs and learning rate, and every figure of the guard's treatment"
+    knows = "the whole training plan, and every figure of the guard's treatment"
     worth = 0.4
     seconds = 5.0
     wanted = 6
@@ -75,6 +76,7 @@ class Untold:
     ) -> Finding:
         """Rebuild, match to the truth, and compare with the mean picture of the true class."""
         shape = tuple(case.subject.train.inputs.shape[1:])
+        behind = case.subject.pixels.pictures(behind)
         if _cost(case, shape) > deadline.left:
             raise OutOfTimeError
         if case.setting.records == 1:
@@ -97,10 +99,10 @@ class Untold:
 def _lone(case: Case, shape: tuple[int, ...], generator: torch.Generator) -> list[Tensor]:
     """One picture and its label, searched together."""
     noisy, classes = case.sent_back.std > 0.0, _outputs(case)
-    search = lone_search(noisy=noisy)
-    found = [match_jointly(case.training, case.seen, search, shape, classes, generator).pictures]
+    search, training = lone_search(noisy=noisy), in_pixels(case)
+    found = [match_jointly(training, case.seen, search, shape, classes, generator).pictures]
     if not noisy and smooth(case.model):
-        sharp = match_distance(case.training, case.seen, SHARP, shape, generator, classes=classes)
+        sharp = match_distance(training, case.seen, SHARP, shape, generator, classes=classes)
         found.append(sharp.pictures)
     return found
 
@@ -109,7 +111,7 @@ def _several(case: Case, shape: tuple[int, ...], generator: torch.Generator) -> 
     """Pictures with labels as counted, in batches as the site might have drawn them."""
     counts = count_labels(case.training, case.seen, probes=probes_of(case))
     labels = torch.arange(len(counts)).repeat_interleave(counts)
-    training = replace(case.training, labels=labels)
+    training = replace(in_pixels(case), labels=labels)
     loop = LocalLoop(case.setting.epochs, case.subject.batch)
     prior = prior_of(case.subject)
     if prior is None or int(labels.max()) >= len(prior.means):
