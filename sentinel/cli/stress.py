@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sentinel.stress.lab.calibration import Calibrated
+    from sentinel.stress.lab.deadline import Stop
     from sentinel.stress.lab.result import Result
 
 app = typer.Typer(
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 
 _DEMO_MINUTES, _MINUTES = 4.0, 10.0
+_MOST_MINUTES = 7 * 24 * 60
 _CUT = " (the time was up before the search was through: a weaker one may do)"
 _LATE = (
     "The time was up before any knobs were shown to reach the target; above is what was measured "
@@ -94,15 +96,20 @@ def stress_command(
     _require_options(model, data, policy, demo=demo)
     _require_folder(out)
     minutes = budget if budget is not None else _DEMO_MINUTES if demo else _MINUTES
-    if not minutes > 0.0:
-        raise MisuseError("--budget must be a number of minutes above 0.")
+    _require_minutes(minutes)
     names = tuple(name.strip() for name in attacks.split(",") if name.strip())
     # Standard output is the report's: whatever the site's code prints goes beside it.
-    with _stoppable(), contextlib.redirect_stdout(sys.stderr):
+    results: list[Result] = []
+    with (
+        _stoppable() as stop,
+        contextlib.redirect_stdout(sys.stderr),
+        contextlib.suppress(KeyboardInterrupt),  # before a test began: there is nothing of it
+    ):
         if demo:
-            results = _run_demo(names, minutes * 60, seed, curves=curves)
+            results = _run_demo(names, minutes * 60, seed, stop, curves=curves)
         else:
-            results = [_run(str(model), str(data), str(policy), names, minutes * 60, seed, curves)]
+            one = (str(model), str(data), str(policy))
+            results = [_run(*one, names, minutes * 60, seed, stop, curves=curves)]
     if not any(result.rows for result in results):
         _tell_unmeasured(results, as_json=as_json)
         raise typer.Exit(REFUSED)
@@ -112,17 +119,36 @@ def stress_command(
 
 
 @contextlib.contextmanager
-def _stoppable() -> Iterator[None]:
-    """A request to end is taken as Ctrl-C is: a report of what is done, and nothing left behind."""
+def _stoppable() -> Iterator[Stop]:
+    """A request to end is taken as Ctrl-C is: a report of what is done, and nothing left behind.
 
-    def stop(_number: int, _frame: object) -> None:
+    It is noted beside, for code that swallows the interrupt. Where Ctrl-C is switched off, as for a
+    job in the background, it stays so.
+    """
+    from sentinel.stress.lab.deadline import Stop
+
+    stop = Stop()
+
+    def end(_number: int, _frame: object) -> None:
+        stop.asked = True
         raise KeyboardInterrupt
 
-    former = signal.signal(signal.SIGTERM, stop)
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        numbers.append(signal.SIGINT)
+    former = [(number, signal.signal(number, end)) for number in numbers]
     try:
-        yield
+        yield stop
     finally:
-        signal.signal(signal.SIGTERM, former)
+        for number, handler in former:
+            signal.signal(number, handler)
+
+
+def _require_minutes(minutes: float) -> None:
+    if not 0.0 < minutes <= _MOST_MINUTES:
+        raise MisuseError(
+            f"--budget must be a number of minutes above 0, and at most {_MOST_MINUTES:g} (a week)."
+        )
 
 
 def _tell_unmeasured(results: list[Result], *, as_json: bool) -> None:
@@ -178,6 +204,8 @@ def _run(
     attacks: tuple[str, ...],
     seconds: float,
     seed: int,
+    stop: Stop,
+    *,
     curves: bool,
 ) -> Result:
     import torch
@@ -189,10 +217,12 @@ def _run(
     loaded = load_policy(policy)
     subject = load_subject(model, data, torch.Generator().manual_seed(seed))
     with progress(policy) as on_step:
-        return run_lab(subject, loaded, Options(attacks, seconds, curves, seed), on_step)
+        return run_lab(subject, loaded, Options(attacks, seconds, curves, seed), on_step, stop)
 
 
-def _run_demo(attacks: tuple[str, ...], seconds: float, seed: int, *, curves: bool) -> list[Result]:
+def _run_demo(
+    attacks: tuple[str, ...], seconds: float, seed: int, stop: Stop, *, curves: bool
+) -> list[Result]:
     import dataclasses
 
     from sentinel.stress.lab.deadline import Deadline
@@ -201,15 +231,12 @@ def _run_demo(attacks: tuple[str, ...], seconds: float, seed: int, *, curves: bo
     results: list[Result] = []
     deadline = Deadline.after(seconds)
     for name, model, data, policy, share in _DEMO:
-        found = _run(
-            f"{home}:{model}",
-            f"{home}:{data}",
-            policy,
-            attacks,
-            deadline.left * share,
-            seed,
-            curves,
-        )
+        one = (f"{home}:{model}", f"{home}:{data}", policy)
+        try:
+            found = _run(*one, attacks, deadline.left * share, seed, stop, curves=curves)
+        except KeyboardInterrupt:  # while this one was loaded
+            results[-1:] = [dataclasses.replace(last, interrupted=True) for last in results[-1:]]
+            break
         results.append(dataclasses.replace(found, name=name))
         if found.interrupted:
             break
@@ -301,8 +328,7 @@ def calibrate_command(
 
     targets = _targets(target) or None
     _require_new(out)
-    if not budget > 0.0:
-        raise MisuseError("--budget must be a number of minutes above 0.")
+    _require_minutes(budget)
     loaded = load_policy(policy)
     subject = load_subject(model, data, torch.Generator().manual_seed(seed))
     with (
@@ -321,7 +347,8 @@ def calibrate_command(
 def _tell_calibrated(found: Calibrated, out: Path, *, as_json: bool) -> None:
     lines, reached = [one.words for one in found.evidence], found.text is not None
     if as_json:
-        knobs = {"keep": found.keep, "max_norm": found.max_norm}
+        knobs = {"keep": found.keep}
+        knobs |= {"max_norm": found.max_norm} if math.isfinite(found.max_norm) else {}
         knobs |= {"noise_ratio": found.noise_ratio} if reached else {}
         told = {"reached": reached, "cut": found.cut, "tried": found.tried, "evidence": lines}
         print_json(told | {"notes": found.notes} | knobs)

@@ -103,6 +103,9 @@ def test_everything_withheld_ends_with_one_and_says_so(site: Path) -> None:
         (["--model", "net", "--data", "d:d", "--policy", "tabular-ehr"], "package.module:name"),
         ([*NAMES, "--policy", "tabular-ehr", "--attacks", "guess"], "no attack 'guess'"),
         ([*NAMES, "--policy", "tabular-ehr", "--budget", "0"], "above 0"),
+        ([*NAMES, "--policy", "tabular-ehr", "--budget", "nan"], "a number of minutes"),
+        ([*NAMES, "--policy", "tabular-ehr", "--budget", "inf"], "at most 10080"),
+        ([*NAMES, "--policy", "tabular-ehr", "--budget", "1e9"], "at most 10080"),
         ([*NAMES, "--policy", "tabular-ehr", "--out", "site_under_test.py"], "must be a folder"),
     ],
 )
@@ -223,6 +226,67 @@ def test_a_time_too_short_for_anything_is_told_as_want_of_time(site: Path, monke
     assert result.stderr.count("\n") < 10
 
 
+STOPPING = """
+import signal
+import torch
+
+class Pressing(torch.nn.Module):
+    passes = 0
+
+    def forward(self, x):
+        Pressing.passes += 1
+        try:
+            if Pressing.passes > {passes}:
+                signal.raise_signal(signal.{number})
+        except {caught}:
+            pass
+        return x
+
+def net():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(Pressing(), torch.nn.Linear(8, 32), torch.nn.ReLU(),
+                               torch.nn.Linear(32, 1))
+"""
+
+
+def stopping(site: Path, name: str, passes: int, number: str, caught: str = "OSError") -> Any:
+    """What comes of a test whose model is stopped at its pass after so many."""
+    code = STOPPING.format(passes=passes, number=number, caught=caught)
+    (site / f"{name}.py").write_text(code)
+    command = ["--model", f"{name}:net", "--data", "site_under_test:data", *policy(site)]
+    return runner.invoke(app, ["stress", *command, "--budget", "10", "--json"])
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_a_test_that_is_stopped_while_it_is_planned_lists_everything(site: Path, number) -> None:
+    """The first pass sees whether the model fits the records, the second how fast it is."""
+    result = stopping(site, f"planning_{number.lower()}", 1, number)
+    assert result.exit_code == 1
+    assert "The test was stopped." in result.stderr
+    found = json.loads(result.stdout)
+    assert found["error"].startswith("Nothing was measured")
+    listed = {one["what"] for one in found["not_tried"]}
+    assert {"rows", "membership", "server qbi"} <= listed
+    assert all(one["for_want_of_time"] for one in found["not_tried"])
+    assert not (site / "stress-output").exists()
+
+
+def test_a_test_that_is_stopped_while_the_model_is_loaded_says_so(site: Path) -> None:
+    result = stopping(site, "loading", 0, "SIGINT")
+    assert result.exit_code == 1
+    assert "The test was stopped." in result.stderr
+    assert json.loads(result.stdout)["not_tried"] == []
+
+
+def test_code_of_the_site_that_swallows_the_interrupt_does_not_keep_the_test_going(site) -> None:
+    result = stopping(site, "swallowing", 40, "SIGINT", caught="BaseException")
+    assert result.exit_code == 1
+    found = json.loads(result.stdout)
+    stopped = found["subjects"][0]["interrupted"] if "subjects" in found else True
+    assert stopped
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_test_writes_a_partial_report_and_leaves_nothing(site: Path, number) -> None:
@@ -288,10 +352,22 @@ def test_calibrate_writes_a_policy_that_check_passes(site: Path, monkeypatch) ->
 
 def test_a_time_that_is_up_too_early_ends_with_one_and_writes_nothing(site: Path) -> None:
     command = ["stress", "calibrate", *NAMES, *policy(site), "--target", "rows=1"]
-    result = runner.invoke(app, [*command, "--budget", "0.00001", "--out", "found.toml"])
+    command += ["--budget", "0.00001", "--out", "found.toml"]
+    result = runner.invoke(app, command)
     assert result.exit_code == 1, result.output
     assert "The time was up" in result.output
     assert not (site / "found.toml").exists()
+    found = json.loads(runner.invoke(app, [*command, "--json"]).stdout)
+    assert found["cut"]
+    assert "max_norm" not in found  # there was no time to see one
+
+
+@pytest.mark.parametrize("budget", ["0", "nan", "inf", "1e9"])
+def test_calibrate_takes_a_number_of_minutes(site: Path, budget) -> None:
+    command = ["stress", "calibrate", *NAMES, *policy(site), "--out", "found.toml"]
+    result = runner.invoke(app, [*command, "--budget", budget])
+    assert result.exit_code == 2
+    assert "a number of minutes above 0, and at most 10080" in result.output
 
 
 def test_a_search_that_was_cut_short_says_that_a_weaker_ratio_may_do(site, monkeypatch) -> None:

@@ -38,6 +38,7 @@ class Loop:
         rate: learning rate.
         epochs: passes over the records.
         batch: records per step; all of them where left out, which makes one epoch FedSGD.
+        before: called before each step and each piece of gradients; what it raises ends the work.
     """
 
     model: nn.Module
@@ -45,6 +46,7 @@ class Loop:
     rate: float
     epochs: int = 1
     batch: int | None = None
+    before: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
         """Refuse a training of nothing."""
@@ -72,6 +74,7 @@ class Loop:
         for _ in range(self.epochs):
             shuffled = torch.randperm(len(data), generator=order)
             for chosen in torch.split(shuffled, self.batch or len(data)):
+                self._pause()
                 states.append(self._stepped(states[-1], data.take(chosen)))
         return states
 
@@ -96,6 +99,7 @@ class Loop:
         width = sum(value.numel() for value in parameters.values())
         parts = []
         for first in range(0, len(data), max(1, _MOST_VALUES // width)):
+            self._pause()
             some = slice(first, first + max(1, _MOST_VALUES // width))
             found = per_record(parameters, state, data.inputs[some], data.labels[some])
             parts.append(torch.cat([found[name].flatten(1) for name in self.names], 1))
@@ -115,6 +119,10 @@ class Loop:
         mean = torch.stack([self.gradients(state, data) for state in states]).mean(0)
         steps = self.epochs / min(self.batch or cohort, cohort)
         return mean.mul_(-self.rate * steps)
+
+    def _pause(self) -> None:
+        if self.before is not None:
+            self.before()
 
     def _stepped(self, now: State, batch: Records) -> State:
         leaves = {name: now[name].detach().requires_grad_() for name in self.names}

@@ -7,6 +7,7 @@ with each turn, and the file that is written says so.
 from __future__ import annotations
 
 import datetime as dt
+import itertools
 import math
 import textwrap
 from dataclasses import dataclass, replace
@@ -94,7 +95,7 @@ class Calibrated:
         text: of the policy file; None where no knobs reached the target.
         noise_ratio: the weakest that did; NaN without.
         keep: the mask beside it.
-        max_norm: the bound that was set.
+        max_norm: the bound that was set; NaN where the time was up before.
         evidence: what was measured at these knobs on records drawn anew; what was measured last
             where none were shown to reach the target.
         tried: how many turns of the knobs were measured.
@@ -203,10 +204,6 @@ def _allowed(subject: Subject, loaded: LoadedPolicy, seed: int) -> Subject:
     return replace(subject, train=first, held_out=second, public=None)
 
 
-class _TimeUpError(Exception):
-    """Raised where the time is up in the middle of a measurement: a part of one shows nothing."""
-
-
 class _Calibration:
     """One search under way."""
 
@@ -236,15 +233,16 @@ class _Calibration:
 
     def run(self, home: Path) -> Calibrated:
         """Set the norm, bisect the noise, thin out where noise alone does not do, confirm."""
-        norm = self._set_norm()
+        norm = math.nan
         try:
+            norm = self._set_norm()
             for keep in KEEPS:
                 found = self._weakest(keep, home)
                 ratio = None if found is None else self._confirmed(found, keep, home)
                 if ratio is not None:
                     text = self._text(ratio, keep, self._evidence)
                     return self._calibrated(text, ratio, keep, norm)
-        except _TimeUpError:
+        except OutOfTimeError:
             self._cut = True
         return self._calibrated(None, math.nan, KEEPS[-1], norm)
 
@@ -266,7 +264,7 @@ class _Calibration:
         if fixed_knob(self._loaded, Knob.MAX_NORM):
             assert self._loaded.policy.privacy is not None  # noqa: S101 - that is what fixes it
             return self._loaded.policy.privacy.clip_norm
-        site = Site(self._subject, torch.Generator().manual_seed(self._seed))
+        site = Site(self._subject, torch.Generator().manual_seed(self._seed), self._deadline)
         records = min(128, len(self._subject.train))
         setting = Setting(records=records, epochs=EPOCHS)
         updates = [site.update(setting, SERVERS[HONEST]) for _ in range(NORMS)]
@@ -295,7 +293,7 @@ class _Calibration:
                     high = middle
                 else:
                     low = middle
-        except _TimeUpError:
+        except OutOfTimeError:
             self._cut = True
         return _rounded(math.exp(high))
 
@@ -352,7 +350,7 @@ class _Calibration:
     ) -> Measured:
         """The main measure, over the same records for every turn of the knobs."""
         name, setting = condition
-        site = Site(self._subject, torch.Generator().manual_seed(self._seed))
+        site = Site(self._subject, torch.Generator().manual_seed(self._seed), self._limit)
         attacker = torch.Generator().manual_seed(self._seed + 1)
         least = math.ceil(ATTACKS[name].wanted / setting.records)
         pooled: Finding | None = None
@@ -372,21 +370,21 @@ class _Calibration:
     def _once(
         self, name: str, update: Update, site: Site, door: GuardedDoor, attacker: torch.Generator
     ) -> Finding:
-        """Attack one update as it leaves."""
-        if self._limit.passed:
-            raise _TimeUpError
+        """Attack one update as it leaves.
+
+        Raises:
+            OutOfTimeError: the time is up, or was too short for all of the attack.
+        """
+        self._limit.require()
         back = door.send(update, site.model, update.setting.records)
         if back.delta is None:
             raise MisuseError(
                 f"The policy keeps every update in ({back.reason}), so that there is nothing to "
                 "calibrate."
             )
-        try:
-            found = ATTACKS[name].run(site.case(update, back), update.behind, attacker, self._limit)
-        except OutOfTimeError:
-            raise _TimeUpError from None
+        found = ATTACKS[name].run(site.case(update, back), update.behind, attacker, self._limit)
         if found.cut:  # a weaker attack would lower the noise
-            raise _TimeUpError
+            raise OutOfTimeError
         return found
 
     def _text(self, ratio: float, keep: float, evidence: tuple[Measured, ...]) -> str:
@@ -443,9 +441,11 @@ def _conditions(
     fitting = (
         name
         for name in SERVERS
-        if not servers.trains(name) and servers.misfit(name, subject, generator) is None
+        if name != HONEST
+        and not servers.trains(name)
+        and servers.misfit(name, subject, generator) is None
     )
-    crafted = [name for name in fitting if name != HONEST][:1]
+    crafted = list(itertools.islice(fitting, 1))
     settings = [Setting(name, records=least) for name in (HONEST, *crafted)]
     group = min(least, most_lopsided(subject.train))
     settings += [Setting(HONEST, records=group, lopsided=True)] if group >= LEAST_GROUP else []

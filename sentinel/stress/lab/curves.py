@@ -75,7 +75,7 @@ def draw_curves(  # noqa: PLR0913, PLR0917 - each is one part of a test
             is off, and rules with `when` are taken out, so that the knobs alone are seen.
         home: scratch folder.
         seed: the same records, parts and orders of batches at every point.
-        deadline: after which no point is begun.
+        deadline: after which nothing is begun; what would not end before it is left out.
     """
     plain = learned(subject, None, home, seed, REPEATS, deadline, deadline)
     unguarded, _ = _leak(subject, None, item, home, seed, deadline.share(LEAK_SHARE), deadline)
@@ -87,7 +87,11 @@ def draw_curves(  # noqa: PLR0913, PLR0917 - each is one part of a test
         mine = deadline.share(1.0 / (len(planned) - at))
         variant, folder = turned(bare(loaded), turn), home / f"point-{at}"
         leak, kept = _leak(subject, variant, item, folder, seed, mine.share(LEAK_SHARE), deadline)
-        utility = learned(subject, variant, folder / "utility", seed, REPEATS, mine, deadline)
+        utility = None
+        if plain is not None:  # with a guard it takes longer
+            utility = learned(subject, variant, folder / "utility", seed, REPEATS, mine, deadline)
+        if leak is None and utility is None and not kept:
+            break
         points.append(Point(turn, leak, utility, kept))
     return Curves(item, unguarded, plain, tuple(points), len(planned))
 
@@ -103,7 +107,7 @@ def _leak(  # noqa: PLR0913, PLR0917 - as above
 ) -> tuple[Tally | None, int]:
     """The main measure of the attack on what leaves, and how many updates were withheld."""
     generator = torch.Generator().manual_seed(seed)
-    site = Site(subject, generator)
+    site = Site(subject, generator, hard)
     attacker = torch.Generator().manual_seed(seed + 1)
     door = None if loaded is None else GuardedDoor(loaded, home, alone=True)
     attack = ATTACKS[item.attack]
@@ -113,12 +117,14 @@ def _leak(  # noqa: PLR0913, PLR0917 - as above
     for number in range(MANY if attack.seconds < CHEAP else UPDATES):
         if number >= least and soft.passed:
             break
-        update = site.update(item.setting, SERVERS[item.setting.server])
-        back = raw(update) if door is None else door.send(update, site.model, item.setting.records)
-        if back.delta is None:
-            kept += 1
-            continue
         try:
+            update = site.update(item.setting, SERVERS[item.setting.server])
+            hard.require()
+            records = item.setting.records
+            back = raw(update) if door is None else door.send(update, site.model, records)
+            if back.delta is None:
+                kept += 1
+                continue
             found = attack.run(site.case(update, back), update.behind, attacker, hard)
         except OutOfTimeError:
             break

@@ -9,13 +9,16 @@ from __future__ import annotations
 import copy
 import io
 import math
+import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+import torch._dynamo  # torch loads it with the first optimizer: seconds that are no part of a test
 
 from sentinel.errors import RoundRefused, Withheld
 from sentinel.guard import Guard
+from sentinel.stress.lab.deadline import Deadline
 from sentinel.stress.lab.setting import LOPSIDED, Setting, Stage
 from sentinel.stress.layers import State, copied
 from sentinel.stress.passive.local_training import LocalTraining, Seen
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 
 LATER_EPOCHS = 5  # of plain training before the stage "later"
 FEDERATION = "stress"
+REPLAY = 6.0  # trainings that two replays take, with the derivative of each
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,7 @@ class Update:
         behind: the records that were trained on.
         batches: indices into `behind`, in the order of the steps.
         secret: mixtures of neurons that the server reads by, [mixtures, neurons]; mostly none.
+        seconds: that the training took.
     """
 
     setting: Setting
@@ -57,6 +62,7 @@ class Update:
     behind: Records
     batches: tuple[Tensor, ...]
     secret: Tensor | None = None
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +104,7 @@ class Case:
         sent_back: what it got.
         training: the site's training as it can be replayed, labels and batches included.
         secret: mixtures of neurons that it laid in what it sent, [mixtures, neurons]; mostly none.
+        seconds: that the site's training took here; a replay takes no less.
     """
 
     subject: Subject
@@ -107,6 +114,7 @@ class Case:
     sent_back: Sent
     training: LocalTraining
     secret: Tensor | None = None
+    seconds: float = 0.0
 
     @property
     def delta(self) -> State:
@@ -119,6 +127,14 @@ class Case:
         """Sent + change."""
         return {name: value + self.delta[name] for name, value in self.sent.items()}
 
+    def require_replay(self, deadline: Deadline) -> None:
+        """See that there is time for what an attacker replays only to see how long it takes.
+
+        Raises:
+            OutOfTimeError: there is not.
+        """
+        deadline.require(REPLAY * self.seconds)
+
     @property
     def seen(self) -> Seen:
         """The update as one vector, with the figures of its treatment."""
@@ -129,16 +145,21 @@ class Case:
 class Site:
     """Trains as the subject's site does, and can be asked for any number of updates."""
 
-    def __init__(self, subject: Subject, generator: torch.Generator) -> None:
+    def __init__(
+        self, subject: Subject, generator: torch.Generator, deadline: Deadline | None = None
+    ) -> None:
         """Work on a copy of the model.
 
         Args:
             subject: whose site.
             generator: of records, orders of batches, and the crafting of malicious servers.
+            deadline: a training that would not end before it is not gone on with.
         """
         self.subject, self._generator = subject, generator
         self.model = copy.deepcopy(subject.model)
         self._stages: dict[Stage, State] = {}
+        self._deadline = deadline or Deadline.never()
+        self._quickest = math.inf  # seconds of a step
 
     def stage(self, stage: Stage) -> State:
         """The honest global state at this stage."""
@@ -151,13 +172,19 @@ class Site:
         return copied(self._stages[stage])
 
     def update(self, setting: Setting, server: Server) -> Update:
-        """One update under this condition, of records drawn anew."""
+        """One update under this condition, of records drawn anew.
+
+        Raises:
+            OutOfTimeError: the training would not end in time.
+        """
         honest = self.stage(setting.stage)
         crafted = server.craft(self.subject, honest, setting.records, self._generator)
         behind = self.subject.train.take(self._drawn(setting))
         batches = self.order(len(behind), setting.epochs)
+        begun = time.monotonic()
         local = self.trained(crafted.state, behind, batches)
-        return Update(setting, crafted.state, local, behind, batches, crafted.secret)
+        seconds = time.monotonic() - begun
+        return Update(setting, crafted.state, local, behind, batches, crafted.secret, seconds)
 
     def _drawn(self, setting: Setting) -> Tensor:
         """Indices of the records behind an update."""
@@ -172,18 +199,34 @@ class Site:
         return torch.cat([order[flags][:most], order[~flags][: setting.records - most]])
 
     def trained(self, state: State, records: Records, batches: tuple[Tensor, ...]) -> State:
-        """The loop that a site has: plain SGD, one step for each batch."""
+        """The loop that a site has: plain SGD, one step for each batch.
+
+        Raises:
+            OutOfTimeError: it would not end in time.
+        """
         model = self.model
         model.load_state_dict(state)
         model.train()
         optimizer = torch.optim.SGD(model.parameters(), lr=self.subject.rate)
-        for batch in batches:
+        for at, batch in enumerate(batches):
+            self.require(len(batches) - at)
+            begun = time.monotonic()
             optimizer.zero_grad()
             loss = self.subject.loss(model(records.inputs[batch]), records.labels[batch])
             torch.autograd.backward([loss])
             optimizer.step()
+            self._quickest = min(self._quickest, time.monotonic() - begun)
         optimizer.zero_grad()
         return copied(model.state_dict())
+
+    def require(self, steps: int) -> None:
+        """See that there is time for so many steps, each as quick as the quickest so far.
+
+        Raises:
+            OutOfTimeError: there is not.
+        """
+        known = math.isfinite(self._quickest)
+        self._deadline.require(steps * self._quickest if known else 0.0)
 
     def case(self, update: Update, back: Sent) -> Case:
         """What the attacker has of this update."""
@@ -197,7 +240,16 @@ class Site:
             self.subject.rate,
             loss=self.subject.loss,
         )
-        return Case(self.subject, model, update.setting, update.sent, back, training, update.secret)
+        return Case(
+            self.subject,
+            model,
+            update.setting,
+            update.sent,
+            back,
+            training,
+            update.secret,
+            update.seconds,
+        )
 
     def order(self, count: int, epochs: int) -> tuple[Tensor, ...]:
         """Indices of the records of each step; one step on all of them for no epochs."""

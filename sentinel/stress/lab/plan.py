@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from sentinel.errors import MisuseError
 from sentinel.stress.lab import servers
 from sentinel.stress.lab.attacks import ATTACKS
+from sentinel.stress.lab.deadline import Deadline
+from sentinel.stress.lab.result import NO_TIME
 from sentinel.stress.lab.servers import SERVERS
 from sentinel.stress.lab.setting import HONEST, LOPSIDED, Setting, Stage
 
@@ -30,6 +32,7 @@ VIEWS = 2  # an update is attacked raw, and as released or as clip and noise lea
 PATIENT = 1200.0  # seconds from which servers are tried that train their trap
 PATIENCE = "it trains its trap; give the test 20 minutes or more"
 DOOR = 1.0  # seconds that a guard takes to look at a global model it has not seen
+CRAFTED = 0.25  # share of the time in which malicious servers are tried on the model
 PLANNED = 0.55  # share of the time that is planned for; the rest is for the curves, and in reserve
 FIRST = 2  # conditions that every plan begins with, however short the time
 SECOND = 0.6  # worth of an attack below which it is a second opinion
@@ -45,11 +48,13 @@ class Item:
         setting: the condition.
         attack: the name of the attack.
         updates: how many are attacked.
+        slowness: of the model; see `make_plan`.
     """
 
     setting: Setting
     attack: str
     updates: int
+    slowness: float = field(default=1.0, compare=False)
 
     @property
     def seconds(self) -> float:
@@ -57,7 +62,7 @@ class Item:
         steps = self.setting.epochs * self.setting.records / STEP
         share = LONE if self.setting.records == 1 else max(1.0, steps)
         each = ATTACKS[self.attack].seconds * share
-        return VIEWS * self.updates * (each + 0.05) + DOOR
+        return VIEWS * self.updates * self.slowness * (each + 0.05) + DOOR
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +101,28 @@ class Plan:
     core: int
 
 
-def make_plan(
+def unmade(attacks: Sequence[str]) -> Plan:
+    """The plan of a test that ended before there was one: nothing of it was tried.
+
+    Args:
+        attacks: names; all where empty.
+
+    Raises:
+        MisuseError: no attack of that name.
+    """
+    crafted = (f"{_SERVER}{name}" for name in SERVERS if name != HONEST)
+    return Plan((), tuple(_late(what) for what in (*_known(attacks), *crafted)), 0)
+
+
+def make_plan(  # noqa: PLR0913 - each is one part of a test
     subject: Subject,
     loaded: LoadedPolicy,
     attacks: Sequence[str],
     seconds: float,
     generator: torch.Generator,
+    *,
+    deadline: Deadline | None = None,
+    slowness: float = 1.0,
 ) -> Plan:
     """Lay out all conditions and attacks, the ones that tell most first.
 
@@ -111,12 +132,16 @@ def make_plan(
         attacks: names; all where empty.
         seconds: that the test may take; servers that train their trap need many.
         generator: of trial crafting.
+        deadline: a share of what is left is for trial crafting; servers that have no turn in it are
+            listed as not tried.
+        slowness: how many times longer the model takes than those that the attacks' seconds are of.
 
     Raises:
         MisuseError: no attack of that name.
     """
+    limit = (deadline or Deadline.never()).share(CRAFTED)
     chosen = [ATTACKS[name] for name in _known(attacks)]
-    unfit = {name: _unfit(name, subject, seconds, generator) for name in SERVERS}
+    unfit = {name: _unfit(name, subject, seconds, generator, limit) for name in SERVERS}
     skipped = []
     items = []
     least = loaded.policy.limits.min_patients or 1
@@ -126,13 +151,13 @@ def make_plan(
             if attack.of_groups != setting.lopsided:
                 continue
             if (why := attack.misfit(subject, setting)) is None:
-                items.append(Item(setting, attack.name, _updates(attack, setting)))
+                items.append(Item(setting, attack.name, _updates(attack, setting), slowness))
             else:
                 skipped.append(Skipped(f"{attack.name}: {setting.words}", why))
     skipped += _groupless(subject, chosen)
     servers_out = [
         # More time is of no use to servers where no attack fits.
-        Skipped(f"{_SERVER}{name}", why, of_time=why == PATIENCE and bool(items))
+        Skipped(f"{_SERVER}{name}", why, of_time=why in {PATIENCE, NO_TIME} and bool(items))
         for name, why in unfit.items()
         if why is not None
     ]
@@ -211,9 +236,19 @@ def _core(items: Sequence[Item], seconds: float) -> int:
     return len(items)
 
 
-def _unfit(name: str, subject: Subject, seconds: float, generator: torch.Generator) -> str | None:
+def _late(what: str) -> Skipped:
+    return Skipped(what, NO_TIME, of_time=True)
+
+
+def _unfit(
+    name: str, subject: Subject, seconds: float, generator: torch.Generator, limit: Deadline
+) -> str | None:
+    if name == HONEST:
+        return None
     if servers.trains(name):
         return None if seconds >= PATIENT else PATIENCE
+    if limit.passed:
+        return NO_TIME
     return servers.misfit(name, subject, generator)
 
 

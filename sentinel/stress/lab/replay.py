@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sentinel.stress.lab.deadline import OutOfTimeError
 from sentinel.stress.lab.subject import Kind
 from sentinel.stress.passive.local_training import LocalTraining
 from sentinel.stress.passive.restarts import Restarts
@@ -65,10 +64,10 @@ def require_time(
     Raises:
         OutOfTimeError: it does not fit.
     """
+    deadline.require()
     stages = len(search.hardness) + 1
     one = _pace(training, inputs.expand(search.restarts, *inputs.shape))
-    if stages * search.iterations * one > deadline.left:
-        raise OutOfTimeError
+    deadline.require(stages * search.iterations * one)
 
 
 def _pace(training: LocalTraining, guesses: Tensor) -> float:

@@ -115,6 +115,11 @@ class Curves:
     planned: int
 
     @property
+    def empty(self) -> bool:
+        """Whether there was no time for any of it."""
+        return self.raw is None and self.utility is None and not self.points
+
+    @property
     def metric(self) -> str:
         """Of the utility."""
         found = (self.utility, *(point.utility for point in self.points))

@@ -17,9 +17,11 @@ from sentinel.stress.lab.curves import draw_curves, worth_drawing
 from sentinel.stress.lab.deadline import Deadline, OutOfTimeError
 from sentinel.stress.lab.exchange import GuardedDoor, Site, norm_of, raw
 from sentinel.stress.lab.home import scratch
-from sentinel.stress.lab.plan import Skipped, leading, make_plan
+from sentinel.stress.lab.plan import Skipped, leading, make_plan, unmade
 from sentinel.stress.lab.result import BEYOND, DIVERGED, NO_TIME, Result, Row, Side
 from sentinel.stress.lab.servers import SERVERS
+from sentinel.stress.lab.slowness import slowness_of
+from sentinel.stress.lab.words import failure
 from sentinel.terms import Unit
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sentinel.policy import LoadedPolicy
+    from sentinel.stress.lab.deadline import Stop
     from sentinel.stress.lab.exchange import Sent, Update
     from sentinel.stress.lab.finding import Finding
     from sentinel.stress.lab.plan import Item, Plan
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 
 CURVES_FIRST = 3  # conditions that come before the curves
 CURVES_SHARE = 0.5  # of the time left when their turn comes
+_CURVES = "curves of leakage against utility"
 SPARE = 3.0  # times its estimate must be left for an item beyond the plan
 
 
@@ -62,6 +66,7 @@ def run_lab(
     loaded: LoadedPolicy,
     options: Options,
     on_step: Callable[[int, int], None] | None = None,
+    stop: Stop | None = None,
 ) -> Result:
     """Test one subject under one policy.
 
@@ -70,9 +75,11 @@ def run_lab(
         loaded: the policy.
         options: what is asked for.
         on_step: called with the steps done and the steps in all.
+        stop: whether somebody asked for the end; looked at wherever the time is.
 
     Returns:
-        What came of it; partial where the time was short, or where Ctrl-C was pressed.
+        What came of it; partial where the time was short, or where Ctrl-C was pressed, be it while
+        the plan was made.
 
     Raises:
         MisuseError: no such attack, or a policy that this test is not for.
@@ -80,8 +87,11 @@ def run_lab(
 
     Guarantees:
         Every update that counts as released came out of `Round.release`. Ledger, log and releases
-        lie in a scratch folder that is gone afterwards; no other state is opened. After the time
-        is up nothing new is begun, and whatever was planned and not tried is listed.
+        lie in a scratch folder that is gone afterwards; no other state is opened. The plan, the
+        training and the curves are within the time. After it is up nothing new is begun but what
+        takes a moment, and whatever was planned and not tried is listed. What cannot be cut is
+        finished: a step of training, the guard's work on one update, one server's trial crafting,
+        and a search that was expected to fit.
     """
     if loaded.policy.privacy is not None and loaded.policy.privacy.unit is not Unit.SITE:
         raise MisuseError(
@@ -90,39 +100,32 @@ def run_lab(
             "(sentinel.stress.inference.canaries.audit)."
         )
     begun = time.monotonic()
-    generator = torch.Generator().manual_seed(options.seed)
-    with one_thread(), scratch() as home:
-        plan = make_plan(subject, loaded, options.attacks, options.seconds, generator)
-        lab = _Lab(subject, loaded, options, home, plan, generator, on_step)
-        try:
-            lab.run()
-        except KeyboardInterrupt:
-            lab.interrupted = True
+    lab = _Lab(subject, loaded, options, Deadline.after(options.seconds, stop), on_step)
+    try:
+        with one_thread(), scratch() as home:
+            lab.run(home)
+    except KeyboardInterrupt:
+        lab.interrupted = True
     return lab.result(time.monotonic() - begun)
 
 
 class _Lab:
     """One test under way; what it has can be asked for at any time."""
 
-    def __init__(  # noqa: PLR0913, PLR0917 - private; each is one part of a test
+    def __init__(
         self,
         subject: Subject,
         loaded: LoadedPolicy,
         options: Options,
-        home: Path,
-        plan: Plan,
-        generator: torch.Generator,
+        deadline: Deadline,
         on_step: Callable[[int, int], None] | None,
     ) -> None:
         self._subject, self._loaded, self._options = subject, loaded, options
-        self._home, self._plan, self._generator = home, plan, generator
         self._on_step = on_step or (lambda _done, _total: None)
-        self._deadline = Deadline.after(options.seconds)
-        self._site = Site(subject, generator)
-        self._doors = (
-            GuardedDoor(loaded, home / "policy"),
-            GuardedDoor(loaded, home / "alone", alone=True),
-        )
+        self._deadline = deadline
+        self._plan = unmade(options.attacks)
+        self._generator = torch.Generator().manual_seed(options.seed)
+        self._site = Site(subject, self._generator, deadline)
         self._made: dict[Setting, list[tuple[Update, Sent, Sent | None] | None]] = {}
         self._rows: list[Row] = []
         self._late: list[Skipped] = []
@@ -130,8 +133,12 @@ class _Lab:
         self._spent = 0.0
         self.interrupted = False
 
-    def run(self) -> None:
-        """Work through the plan."""
+    def run(self, home: Path) -> None:
+        """Make the plan and work through it, with the guards' state in `home`."""
+        policy = GuardedDoor(self._loaded, home / "policy")
+        alone = GuardedDoor(self._loaded, home / "alone", alone=True)
+        self._doors, self._home = (policy, alone), home
+        self._plan = self._made_plan()
         items, core = self._plan.items, self._plan.core
         before = leading(items, CURVES_FIRST)
         drawn = False
@@ -149,6 +156,17 @@ class _Lab:
         if not drawn:
             self._draw()
         self._on_step(len(items) + 1, len(items) + 1)
+
+    def _made_plan(self) -> Plan:
+        return make_plan(
+            self._subject,
+            self._loaded,
+            self._options.attacks,
+            self._options.seconds,
+            self._generator,
+            deadline=self._deadline,
+            slowness=slowness_of(self._subject, self._deadline),
+        )
 
     def result(self, seconds: float) -> Result:
         """What there is so far."""
@@ -175,7 +193,7 @@ class _Lab:
             curves=self._curves,
             seconds=seconds,
             budget=self._options.seconds,
-            interrupted=self.interrupted,
+            interrupted=self.interrupted or self._deadline.stop.asked,
         )
 
     def _fits(self, item: Item) -> bool:
@@ -193,7 +211,7 @@ class _Lab:
             ahead *= 1.0 + CURVES_SHARE
         # At least what it is expected to take: the first items are worth most.
         share = max(item.seconds / ahead, min(1.0, 2 * item.seconds / max(self._deadline.left, 1)))
-        deadline = Deadline(min(limit.at, self._deadline.share(min(1.0, share)).at))
+        deadline = self._deadline.share(min(1.0, share)).before(limit)
         row = Row(item, Side(), Side(), Side())
         begun = time.monotonic()
         for number in range(item.updates):
@@ -251,25 +269,34 @@ class _Lab:
             if not math.isfinite(norm_of(update)):
                 made.append(None)
                 continue
+            self._deadline.require()
             policy, alone = self._doors
             first = policy.send(update, self._site.model, setting.records)
             second = None
             if first.delta is None:
+                self._deadline.require()
                 second = alone.send(update, self._site.model, setting.records)
             made.append((update, first, second))
         return made[number]
 
     def _draw(self) -> None:
         """The curves, within their share of the time."""
-        item = worth_drawing(self._plan.items)
+        failed = [id(row.item) for row in self._rows if row.error is not None]
+        item = worth_drawing([one for one in self._plan.items if id(one) not in failed])
         if not self._options.curves or item is None:
-            return
-        if self._deadline.passed:
-            self._late.append(Skipped("curves of leakage against utility", NO_TIME, of_time=True))
             return
         deadline = self._deadline.share(CURVES_SHARE)
         folder, seed = self._home / "curves", self._options.seed
-        self._curves = draw_curves(self._subject, self._loaded, item, folder, seed, deadline)
+        try:
+            curves = draw_curves(self._subject, self._loaded, item, folder, seed, deadline)
+        except Exception as error:  # noqa: BLE001 - of the site's own model; told by type
+            why = f"drawing them failed: {failure(type(error).__name__)}"
+            self._late.append(Skipped(_CURVES, why))
+            return
+        if curves.empty:
+            self._late.append(Skipped(_CURVES, NO_TIME, of_time=True))
+        else:
+            self._curves = curves
 
 
 def _what(item: Item) -> str:

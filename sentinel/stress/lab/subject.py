@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F  # noqa: N812 - the name that PyTorch's users know
 
+from sentinel.crew import one_thread
 from sentinel.errors import MisuseError
 from sentinel.stress.lab.normalisation import Normalisation
 from sentinel.stress.layers import copied
@@ -105,6 +106,7 @@ class Subject:
         self.normalisation.require_fit(parts)
         return self.normalisation
 
+    @one_thread()
     def _require_fit(self) -> None:
         """One step of training on two records gives a finite loss and a gradient."""
         few = self.train.take(torch.arange(2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sentinel.stress.auc import auc
+from sentinel.stress.lab.deadline import OutOfTimeError
 from sentinel.stress.lab.exchange import GuardedDoor, Sent, Site, Update, raw
 from sentinel.stress.lab.setting import Setting
 
@@ -65,7 +67,7 @@ def learned(  # noqa: PLR0913, PLR0917 - each is one part of a federation
             never of the guard's noise.
         repeats: federations, at least one.
         soft: after which no repeat but the first is begun.
-        hard: where it passes, a repeat that is not through is left out.
+        hard: a repeat that would not be through before it is left out.
 
     Returns:
         The utility; None where not even one repeat was through.
@@ -74,33 +76,41 @@ def learned(  # noqa: PLR0913, PLR0917 - each is one part of a federation
     for repeat in range(repeats):
         if repeat and soft.passed:
             break
-        found = _federation(subject, loaded, home / f"repeat-{repeat}", seed + repeat, hard)
-        if found is None:
+        folder = home / f"repeat-{repeat}"
+        try:
+            values.append(_federation(subject, loaded, folder, seed + repeat, hard))
+        except OutOfTimeError:
             break
-        values.append(found)
     return Utility(_metric(subject), tuple(values)) if values else None
 
 
 def _federation(
     subject: Subject, loaded: LoadedPolicy | None, home: Path, seed: int, deadline: Deadline
-) -> float | None:
+) -> float:
+    """Train one; it is given up as soon as it is seen that it would not end in time."""
     generator = torch.Generator().manual_seed(seed)
-    site = Site(subject, generator)
+    site = Site(subject, generator, deadline)
     parts = _parts(subject.train, generator)
     # One guard for all parts: it then looks at each global model once.
     door = None if loaded is None else GuardedDoor(loaded, home, alone=True)
     state = subject.start
+    ahead = ROUNDS * sum(_steps(part, subject.batch) for part in parts)
     for _ in range(ROUNDS):
-        if deadline.passed:
-            return None
         deltas = []
         for part in parts:
+            site.require(ahead)
+            ahead -= _steps(part, subject.batch)
             back = _one(site, state, part, door)
             if back.delta is not None:
                 deltas.append(back.delta)
         state = _averaged(state, deltas)
     site.model.load_state_dict(state)
     return measured(site.model, subject)
+
+
+def _steps(part: Records, batch: int) -> int:
+    """Of one part's training in a round."""
+    return EPOCHS * math.ceil(len(part) / batch)
 
 
 def _one(site: Site, state: State, part: Records, door: GuardedDoor | None) -> Sent:

@@ -183,13 +183,17 @@ def assurance(result: Result) -> str | None:
 
 
 def unmeasured(results: Sequence[Result]) -> list[str]:
-    """Why nothing was measured: a sentence, some of the reasons, and what would help."""
+    """Why nothing was measured: a sentence, some of the reasons, and what would help.
+
+    Args:
+        results: of the tests; none where it was stopped before one began.
+    """
     attacks = [one for result in results for one in result.skipped if not one.of_server]
     said = ["Nothing was measured, so that nothing was written."]
     said += [f"  {one.what}: {one.why}." for one in attacks[:_REASONS]]
     if (more := len(attacks) - _REASONS) > 0:
         said.append(f"  And {more} more.")
-    if any(result.interrupted for result in results):
+    if not results or any(result.interrupted for result in results):
         said.append("The test was stopped.")
     elif any(one.of_time for one in attacks):
         said.append("Give it more time with --budget.")

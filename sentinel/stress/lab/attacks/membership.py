@@ -7,6 +7,7 @@ see anybody.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -44,6 +45,8 @@ _MIXING = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 ATTACKER = Attacker(points=3, shadows=8)
 PLANTED = 4  # one in so many candidates is planted in the control
 CONTROL = "control: planted records called members, without guard"
+# Trainings of one attack; gradients of single records come on top.
+TRAININGS = ATTACKER.shadows + ATTACKER.replays + 1
 _MAIN = "joint"
 # The measures, the one that the verdict rests on first.
 _WORDS = {
@@ -85,8 +88,9 @@ class Membership:
         self, case: Case, behind: Records, generator: torch.Generator, deadline: Deadline
     ) -> Finding:
         """Score members and others, and see how many of each are in the upper half."""
-        del deadline  # one update takes about a second
-        loop, members = loop_of(case), len(behind)
+        raw_and_honest = case.sent_back.decided is None and case.setting.server == HONEST
+        deadline.require(TRAININGS * (1 + raw_and_honest) * case.seconds)
+        loop, members = loop_of(case, deadline), len(behind)
         others, own = _others(case.subject, members, generator)
         suspects = Suspects(behind.plus(others), members, own)
         seen = observed(case, loop)
@@ -95,7 +99,6 @@ class Membership:
             _tally(measure, upper[name][:members], upper[name][members:])
             for name, measure in _WORDS.items()
         )
-        raw_and_honest = case.sent_back.decided is None and case.setting.server == HONEST
         control = _control(loop, case, suspects, generator) if raw_and_honest else None
         return Finding(tallies, control=control)
 
@@ -105,6 +108,7 @@ def mixes(model: nn.Module) -> bool:
     return any(isinstance(part, _MIXING) for part in model.modules())
 
 
+@functools.lru_cache(maxsize=1)
 def taken_apart(subject: Subject) -> bool:
     """Whether torch gives the loss and the gradient of one record at a time, tried on two."""
     loop, two = Loop(subject.model, subject.loss, subject.rate), subject.train.take(torch.arange(2))
@@ -117,8 +121,11 @@ def taken_apart(subject: Subject) -> bool:
     return True
 
 
-def loop_of(case: Case) -> Loop:
-    """The site's training as its server prescribed it; the order of batches is not in it."""
+def loop_of(case: Case, deadline: Deadline) -> Loop:
+    """The site's training as its server prescribed it; the order of batches is not in it.
+
+    Where the time is up it ends with OutOfTimeError: half a replay says nothing.
+    """
     epochs = case.setting.epochs
     return Loop(
         case.model,
@@ -126,6 +133,7 @@ def loop_of(case: Case) -> Loop:
         case.subject.rate,
         epochs=max(1, epochs),
         batch=case.subject.batch if epochs else None,
+        before=deadline.require,
     )
 
 

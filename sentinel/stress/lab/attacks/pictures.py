@@ -77,6 +77,7 @@ class Pictures:
         self, case: Case, behind: Records, generator: torch.Generator, deadline: Deadline
     ) -> Finding:
         """Rebuild, match to the truth within each class, and compare with the class mean."""
+        case.require_replay(deadline)
         scale = yardstick(case.subject)
         behind = case.subject.pixels.pictures(behind)
         labels = behind.labels.long()

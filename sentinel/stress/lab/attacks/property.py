@@ -62,12 +62,12 @@ class Property:
         self, case: Case, behind: Records, generator: torch.Generator, deadline: Deadline
     ) -> Finding:
         """Tell which way the group leans; the yardsticks are a coin and the labels' counts."""
-        del deadline  # one update takes about a second
+        deadline.require(SHADOWS * case.seconds)
         own = _own(case.subject)
         assert own is not None  # noqa: S101 - `misfit` refuses it
         assert own.flags is not None  # noqa: S101 - as above
         assert behind.flags is not None  # noqa: S101 - a lopsided update is made of flagged records
-        loop = loop_of(case)
+        loop = loop_of(case, deadline)
         size = min(len(behind), _size(own))
         shadows = lopsided(
             own, own.flags, size=size, share=LOPSIDED, count=SHADOWS, generator=generator

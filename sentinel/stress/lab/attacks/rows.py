@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,17 +47,7 @@ class Rows:
     def misfit(self, subject: Subject, setting: Setting) -> str | None:
         """It needs two fully connected layers in a row, the first on the records themselves."""
         del setting
-        try:
-            first, _ = attacked_pair(subject.model, subject.start)
-        except MisuseError as error:
-            return str(error)
-        few = subject.train.inputs[:2]
-        if not few.is_floating_point():
-            return "records of tokens reach no layer as they are"
-        reached = layer_inputs(subject.model, subject.start, few, first)
-        if reached.shape != few.flatten(1).shape or not torch.equal(reached, few.flatten(1)):
-            return "the first fully connected layer does not take the records as they are"
-        return None
+        return _unread(subject)
 
     def run(
         self, case: Case, behind: Records, generator: torch.Generator, deadline: Deadline
@@ -77,6 +68,22 @@ class Rows:
             ),
             _exhibits(guesses, behind.inputs, errors),
         )
+
+
+@functools.lru_cache(maxsize=1)
+def _unread(subject: Subject) -> str | None:
+    """Why the first layer gives no rows, as a sentence; None where it does."""
+    try:
+        first, _ = attacked_pair(subject.model, subject.start)
+    except MisuseError as error:
+        return str(error)
+    few = subject.train.inputs[:2]
+    if not few.is_floating_point():
+        return "records of tokens reach no layer as they are"
+    reached = layer_inputs(subject.model, subject.start, few, first)
+    if reached.shape != few.flatten(1).shape or not torch.equal(reached, few.flatten(1)):
+        return "the first fully connected layer does not take the records as they are"
+    return None
 
 
 def guesses_at_rows(case: Case) -> Tensor:

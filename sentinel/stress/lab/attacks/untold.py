@@ -75,6 +75,7 @@ class Untold:
         self, case: Case, behind: Records, generator: torch.Generator, deadline: Deadline
     ) -> Finding:
         """Rebuild, match to the truth, and compare with the mean picture of the true class."""
+        case.require_replay(deadline)
         shape = tuple(case.subject.train.inputs.shape[1:])
         behind = case.subject.pixels.pictures(behind)
         if _cost(case, shape) > deadline.left:
