@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from sentinel.stress.records import Records
 
 MOST_UPDATES = 24  # under one condition
-_SERVER = "server "
 LEAST_GROUP = 8  # records of which a majority says anything
 AVERAGED = 128  # records behind an update of several local epochs, where there are so many
 VIEWS = 2  # an update is attacked raw, and as released or as clip and noise leave it
@@ -73,16 +72,13 @@ class Skipped:
         what: an attack, a condition or a server.
         why: for a reader.
         of_time: whether more time would have it tried.
+        of_server: whether it is a server that was left out, and not an attack.
     """
 
     what: str
     why: str
     of_time: bool = False
-
-    @property
-    def of_server(self) -> bool:
-        """Whether it is a server that was left out, and not an attack."""
-        return self.what.startswith(_SERVER)
+    of_server: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +153,12 @@ def make_plan(  # noqa: PLR0913 - each is one part of a test
     skipped += _groupless(subject, chosen)
     servers_out = [
         # More time is of no use to servers where no attack fits.
-        Skipped(f"{_SERVER}{name}", why, of_time=why in {PATIENCE, NO_TIME} and bool(items))
+        Skipped(
+            f"server {name}",
+            why,
+            of_time=why in {PATIENCE, NO_TIME} and bool(items),
+            of_server=True,
+        )
         for name, why in unfit.items()
         if why is not None
     ]

@@ -113,6 +113,14 @@ def test_servers_that_wait_for_more_time_are_dropped_for_it_where_an_attack_fits
     assert patient(("rows",), PATIENT) == set()
 
 
+def test_a_server_that_is_left_out_is_told_from_an_attack_that_is(table, plain) -> None:
+    plan = make_plan(table, plain(), (), 60.0, torch.Generator().manual_seed(0))
+    out = {one.what for one in plan.skipped if one.of_server}
+    assert {"server loki", "server learned-neurons"} <= out
+    assert all(what.startswith("server ") for what in out)
+    assert any(one.what.startswith("pictures") for one in plan.skipped if not one.of_server)
+
+
 def test_several_local_epochs_are_planned_with_the_time_of_all_their_steps() -> None:
     one, many = (Item(Setting(records=n, epochs=e), "pictures", 1) for n, e in ((32, 0), (128, 2)))
     assert many.seconds > 6 * one.seconds
