@@ -273,8 +273,9 @@ def changed(sent: Mapping[str, Tensor], local: Mapping[str, Tensor]) -> State:
 class GuardedDoor:
     """The guard between the site and the server, its state in a scratch folder.
 
-    `alone` asks what clip, noise and mask do by themselves: the inspection is off, and as many
-    patients are named as the policy wants. It is the answer to "had they been fooled".
+    `alone` asks what would have left had the guard been fooled: the inspection is off, so that no
+    rule on suspicion or ill health holds, and as many patients are named as the policy wants. Every
+    other rule holds, also those with `when` on the update's score.
     """
 
     def __init__(self, loaded: LoadedPolicy, home: Path, *, alone: bool = False) -> None:

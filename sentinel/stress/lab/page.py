@@ -128,7 +128,8 @@ def _figures(result: Result) -> str:
 <p>In brackets what somebody gets who knows nothing; for members, the share of others that were
 called members, and .50 of each is chance. "From ... to ..." is the interval of the difference, at
 95 % for all comparisons together: above what passes, it is a leak. "Had the guard been fooled" is
-what clip, noise and mask alone leave of an update that the guard kept in.</p>{table(head, rows)}"""
+what would have left of an update that was kept in, with the inspection of models off and enough
+patients named; the policy's other rules hold there as well.</p>{table(head, rows)}"""
 
 
 def _condition(result: Result, at: int) -> str:

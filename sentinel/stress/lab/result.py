@@ -45,8 +45,8 @@ class Row:
         item: what was planned.
         raw: without a guard.
         policy: with the guard, as the policy says.
-        alone: of the updates that the policy kept in: what clip, noise and mask leave of them,
-            had the guard been told of enough patients and its inspection missed the server.
+        alone: of the updates that the policy kept in: what would have left, had the guard been
+            told of enough patients and its inspection missed the server; other rules hold.
         error: type of an error that ended the attack; None where there was none.
         diverged: updates that training on what this server sent did not give: it left no numbers.
     """

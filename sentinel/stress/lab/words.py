@@ -280,7 +280,7 @@ def _kept(result: Result) -> str | None:
 
 
 def _fooled(result: Result) -> str | None:
-    """What clip, noise and mask leave of updates that the guard should have kept in."""
+    """What an attacker gets of what would have left, had a model or a count deceived the guard."""
     found = [
         (row, tally)
         for row in result.rows
@@ -292,11 +292,9 @@ def _fooled(result: Result) -> str | None:
     leaks = [(row, tally) for row, tally in found if tally.leaks(result.confidence)]
     start = "Had the guard been fooled (too many patients named, the malicious server not noticed)"
     if not leaks:
-        return f"{start}, no gain from what clip and noise alone leave could be told from chance."
+        return f"{start}, no gain from what would have left could be told from chance."
     row, tally = max(leaks, key=lambda one: one[1].gain)
-    return (
-        f"{start}, clip and noise alone would not do: {_share(tally)} ({row.item.setting.words})."
-    )
+    return f"{start}, its other rules would not do: {_share(tally)} ({row.item.setting.words})."
 
 
 def _short(result: Result) -> str:

@@ -54,6 +54,21 @@ def test_noise_and_clip_are_told_as_they_are(table, plain, tmp_path) -> None:
     assert float((left.values - back.scale * true).std()) == pytest.approx(back.std, rel=0.15)
 
 
+def test_rules_on_the_score_hold_of_a_fooled_guard_and_rules_on_the_model_do_not(
+    table, plain, tmp_path
+) -> None:
+    """So "had it been fooled" is more than clip, noise and mask of the rules for every round."""
+    rules = '[[rule]]\nid = "score"\nwhen = { sensitivity = 0.0 }\nkeep = 0.5\n'
+    rules += '[[rule]]\nid = "model"\nwhen = { suspicion = 0.1 }\naction = "refuse-round"\n'
+    site = Site(table, torch.Generator().manual_seed(0))
+    update = site.update(Setting("qbi", records=32), SERVERS["qbi"])
+    assert GuardedDoor(plain(more=rules), tmp_path / "policy").send(update, site.model, 32).refused
+    fooled = GuardedDoor(plain(more=rules), tmp_path / "alone", alone=True)
+    back = fooled.send(update, site.model, 32)
+    assert set(back.rules) == {"baseline", "score"}
+    assert back.keep == 0.5
+
+
 def test_under_a_promise_for_the_site_the_base_mechanism_is_told(table, tmp_path) -> None:
     """And its budget is a scratch one, so that it lasts for every update."""
     site, update = one_update(table)
