@@ -25,7 +25,7 @@ from sentinel.stress.lab.home import scratch
 from sentinel.stress.lab.knobs import Knob, Turned, bare, fixed_knob, turned, value_of
 from sentinel.stress.lab.plan import LEAST_GROUP, most_lopsided
 from sentinel.stress.lab.policy_file import policy_toml
-from sentinel.stress.lab.servers import SERVERS
+from sentinel.stress.lab.servers import LATE, SERVERS
 from sentinel.stress.lab.setting import HONEST, Setting
 from sentinel.terms import Unit
 
@@ -441,7 +441,7 @@ def _conditions(
     fitting = (
         name
         for name in SERVERS
-        if name != HONEST
+        if name not in {HONEST, *LATE}
         and not servers.trains(name)
         and servers.misfit(name, subject, generator) is None
     )

@@ -11,7 +11,7 @@ from sentinel.stress.lab import servers
 from sentinel.stress.lab.attacks import ATTACKS
 from sentinel.stress.lab.deadline import Deadline
 from sentinel.stress.lab.result import NO_TIME
-from sentinel.stress.lab.servers import SERVERS
+from sentinel.stress.lab.servers import LATE, SERVERS
 from sentinel.stress.lab.setting import HONEST, LOPSIDED, Setting, Stage
 
 if TYPE_CHECKING:
@@ -200,9 +200,11 @@ def settings(records: int, least: int, crafted: Sequence[str], lopsided: int = 0
     Args:
         records: that the site has.
         least: patients that the policy wants behind an update.
-        crafted: names of the malicious servers that fit the model.
+        crafted: names of the malicious servers that fit the model; those of LATE come last.
         lopsided: records of the largest update that leans to one side of a property.
     """
+    first = [name for name in crafted if name not in LATE]
+    late = [name for name in crafted if name in LATE]
     ample = min(max(32, least), records)
     epochs = min(max(AVERAGED, least), records)
     start, later = Stage.START, Stage.LATER
@@ -213,16 +215,17 @@ def settings(records: int, least: int, crafted: Sequence[str], lopsided: int = 0
     found = [
         Setting(HONEST, start, 1),
         Setting(HONEST, start, ample),
-        *(Setting(name, start, ample) for name in crafted[:1]),
+        *(Setting(name, start, ample) for name in first[:1]),
         Setting(HONEST, start, epochs, epochs=2),
         *(groups if lopsided >= LEAST_GROUP else []),
         Setting(HONEST, start, min(8, records)),
         Setting(HONEST, later, 1),
-        *(Setting(name, start, epochs, epochs=2) for name in crafted[1:2]),
+        *(Setting(name, start, epochs, epochs=2) for name in first[1:2]),
         Setting(HONEST, later, ample),
-        *(Setting(name, start, ample) for name in crafted[1:]),
+        *(Setting(name, start, ample) for name in first[1:]),
         Setting(HONEST, later, min(8, records)),
-        *(Setting(name, later, ample) for name in crafted[:1]),
+        *(Setting(name, later, ample) for name in first[:1]),
+        *(Setting(name, start, ample) for name in late),
     ]
     return list(dict.fromkeys(found))
 

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from sentinel.errors import MisuseError
 from sentinel.stress.lab.setting import HONEST
 from sentinel.stress.layers import State, attacked_pair, copied
-from sentinel.stress.servers.catalogue import RECIPES, Recipe
+from sentinel.stress.servers.catalogue import RECIPES, Recipe, recipe
 from sentinel.stress.servers.craft import Public
+from sentinel.stress.servers.stealth import among_honest, jittered, mixed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from sentinel.stress.lab.subject import Subject
+    from sentinel.stress.servers.craft import Craft
 
 # The catalogue in the order in which a short test tries them; any others follow.
 _FIRST = ("binning-gaussian", "binning-scaled", "qbi", "trap-weights", "fishing-class")
 
 
-# What they do to one client in one round is nothing by itself, so that they would look withstood.
-ALONE_NOTHING = {
-    "suppression": "it needs several clients, all but one of whom send nothing, and their sum",
-    "scan": "it needs many rounds; in one it shows a single part of its line",
-}
+# What it does to one client in one round is nothing by itself, so that it would look withstood.
+ALONE_NOTHING = {"scan": "it needs many rounds; in one it shows a single part of its line"}
+
+_SUPPRESSION = "suppression"
+_DEAD = (
+    "Sent here is the dead model that the others get, to see whether it is refused. The client "
+    "that is left gives away what it does under the honest server."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +79,23 @@ class Honest:
 
 @dataclass(frozen=True, slots=True)
 class Malicious:
-    """Sends what a recipe of the catalogue makes of the model."""
+    """Sends what a recipe of the catalogue makes of the model.
+
+    Attributes:
+        recipe: of the catalogue.
+        note: what a reader must know besides the recipe's own sentence; mostly nothing.
+        hide: what makes the trap harder to see; None where it is sent as it is.
+    """
 
     recipe: Recipe
+    note: str = ""
+    hide: Callable[[Craft], Craft] | None = None
 
     @property
     def title(self) -> str:
         """What it does, and where it was published."""
-        return f"{self.recipe.sentence} ({self.recipe.source})"
+        said = f"{self.recipe.sentence} {self.note}" if self.note else self.recipe.sentence
+        return f"{said} ({self.recipe.source})"
 
     def craft(
         self, subject: Subject, state: State, records: int, generator: torch.Generator
@@ -92,20 +109,55 @@ class Malicious:
             first, _ = attacked_pair(subject.model, state)
             secret = self.recipe.secret(len(state[f"{first}.weight"]), generator)
         craft = self.recipe.craft(public, secret)
+        if self.hide is not None:
+            craft = self.hide(craft)
         return Crafted(craft(subject.model, state, generator=generator), secret)
 
 
-def _ordered() -> list[Recipe]:
-    return sorted(
-        (recipe for recipe in RECIPES if recipe.name not in ALONE_NOTHING),
-        key=lambda recipe: _FIRST.index(recipe.name) if recipe.name in _FIRST else len(_FIRST),
-    )
+def _hidden() -> dict[str, Server]:
+    """Traps as the inspection may miss them: on the demo's rows no further than that takes.
+
+    Order and scale of the rows are left: they change neither what is read nor what is seen.
+    """
+    bins, quiet, fishing = (recipe(name) for name in ("binning-gaussian", "qbi", "fishing-class"))
+    return {
+        f"{bins.name}, jittered": Malicious(
+            bins,
+            "Noise of half its size blurs each row.",
+            functools.partial(jittered, size=0.5),
+        ),
+        f"{bins.name}, among-honest": Malicious(
+            bins,
+            "Nine rows in ten stay honest.",
+            functools.partial(among_honest, share=0.1),
+        ),
+        f"{bins.name}, mixed": Malicious(
+            bins,
+            "A fifth of the honest model is mixed in.",
+            functools.partial(mixed, share=0.8),
+        ),
+        f"{quiet.name}, mixed": Malicious(
+            quiet,
+            "All but a twentieth is the honest model.",
+            functools.partial(mixed, share=0.05),
+        ),
+        f"{fishing.name}, mixed": Malicious(
+            fishing,
+            "All but three hundredths is the honest model.",
+            functools.partial(mixed, share=0.03),
+        ),
+    }
 
 
-SERVERS: dict[str, Server] = {
-    HONEST: Honest(),
-    **{recipe.name: Malicious(recipe) for recipe in _ordered()},
-}
+def _plain() -> dict[str, Server]:
+    tried = [one for one in RECIPES if one.name not in {*ALONE_NOTHING, _SUPPRESSION}]
+    tried.sort(key=lambda one: _FIRST.index(one.name) if one.name in _FIRST else len(_FIRST))
+    return {one.name: Malicious(one) for one in tried}
+
+
+_LAST: dict[str, Server] = {**_hidden(), _SUPPRESSION: Malicious(recipe(_SUPPRESSION), _DEAD)}
+LATE = tuple(_LAST)  # tried after all others, so that a short test is spent on those
+SERVERS: dict[str, Server] = {HONEST: Honest(), **_plain(), **_LAST}
 
 
 def trains(name: str) -> bool:

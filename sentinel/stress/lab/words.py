@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from sentinel.stress.lab.attacks import ATTACKS
 from sentinel.stress.lab.result import LEAST_COUNT, MOST_OPEN
 from sentinel.stress.lab.servers import ALONE_NOTHING, SERVERS
+from sentinel.stress.lab.setting import HONEST
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,7 +38,8 @@ _REASONS = 5  # that are printed where nothing was measured
 # What no part of this test tries, whatever the plan.
 NEVER_TRIED = (
     "attackers who combine the updates of many rounds",
-    "several hospitals' updates put together, and servers that send each client another model",
+    "several hospitals' updates put together: of suppression the dead model alone is sent",
+    "servers that send each client another model",
     *(f"the server {name}: {why}" for name, why in ALONE_NOTHING.items()),
     "training code that wants to leak: the guard runs beside it and trusts it",
     "what timing, and the fact that an update was withheld, give away",
@@ -123,7 +125,13 @@ def sentences(result: Result) -> list[str]:
         f"Without the guard, at its strongest: {_share(tally)} ({row.item.setting.words})."
         for row, tally in _strongest(result)
     ]
-    told = (_controlled(result), assurance(result), _kept(result), _fooled(result))
+    told = (
+        _controlled(result),
+        assurance(result),
+        _kept(result),
+        _unnoticed(result),
+        _fooled(result),
+    )
     said += [line for line in told if line]
     if result.promise is None:
         said.append(
@@ -276,6 +284,22 @@ def _kept(result: Result) -> str | None:
     return (
         f"The guard kept updates in, or refused the round: {listed}. What is kept in was not "
         "attacked."
+    )
+
+
+def _unnoticed(result: Result) -> str | None:
+    """Malicious servers that got updates out of the guard, and would read them without it."""
+    names = dict.fromkeys(
+        row.item.setting.server
+        for row in result.rows
+        if row.policy.released and not row.proves_nothing and row.item.setting.server != HONEST
+    )
+    if not names:
+        return None
+    return (
+        "Malicious servers that the guard did not refuse every time, from whose updates an attack "
+        f"gets something without a guard: {'; '.join(names)}. What it got from what was let out is "
+        "in the figures."
     )
 
 
