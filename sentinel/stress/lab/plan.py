@@ -106,8 +106,13 @@ def unmade(attacks: Sequence[str]) -> Plan:
     Raises:
         MisuseError: no attack of that name.
     """
-    crafted = (f"{_SERVER}{name}" for name in SERVERS if name != HONEST)
-    return Plan((), tuple(_late(what) for what in (*_known(attacks), *crafted)), 0)
+    late = [Skipped(name, NO_TIME, of_time=True) for name in _known(attacks)]
+    late += [
+        Skipped(f"server {name}", NO_TIME, of_time=True, of_server=True)
+        for name in SERVERS
+        if name != HONEST
+    ]
+    return Plan((), tuple(late), 0)
 
 
 def make_plan(  # noqa: PLR0913 - each is one part of a test
@@ -238,10 +243,6 @@ def _core(items: Sequence[Item], seconds: float) -> int:
         if spent > PLANNED * seconds and at >= least:
             return at
     return len(items)
-
-
-def _late(what: str) -> Skipped:
-    return Skipped(what, NO_TIME, of_time=True)
 
 
 def _unfit(
