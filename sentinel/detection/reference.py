@@ -284,7 +284,8 @@ def build_reference(
         No record is read. The global random generators are as they were.
     """
     try:
-        return _kept_or_built(model, global_state, sample, folder, patience)
+        digest = architecture_digest(model, global_state)
+        return kept_or_built(model, global_state, digest, folder, sample, patience)
     except ModelError as error:
         msg = (
             "no reference can be built for this model: it could not be copied, takes none of the "
@@ -294,14 +295,20 @@ def build_reference(
         raise MisuseError(msg) from error
 
 
-def _kept_or_built(
+def kept_or_built(  # noqa: PLR0913, PLR0917 - as `build_reference`, whose digest is known
     model: nn.Module,
     state: Mapping[str, Tensor],
-    sample: Sequence[int] | None,
+    digest: str,
     folder: Path | None,
-    patience: float,
+    sample: Sequence[int] | None = None,
+    patience: float = PATIENCE,
 ) -> Reference:
-    digest = architecture_digest(model, state)
+    """Do what `build_reference` does, for an architecture of this digest.
+
+    Raises:
+        ModelError: the model cannot be copied, takes no input that was tried, or fails on it.
+        MisuseError: the rehearsals would take longer than `patience`.
+    """
     cache = None if folder is None else folder / f"reference-{digest}.json"
     if cache is not None and (kept := _read(cache)) is not None:
         return kept

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sentinel.detection.reference import architecture_digest, build_reference
+from sentinel.detection.reference import architecture_digest, kept_or_built
 from sentinel.detection.synthetic import ModelError
 from sentinel.errors import MisuseError
 
@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 
     from sentinel.detection.reference import Reference
 
-PAUSE = (
-    32  # rounds until an architecture is tried again: the site may have been busy the first time
-)
+PAUSE = 32  # rounds until an architecture is tried again: the site may have been busy before
 
 
 class References:
@@ -38,8 +36,14 @@ class References:
         """
         try:
             digest = architecture_digest(model, global_state)
-            return None if self._pauses(digest) else self._built(digest, model, global_state)
         except ModelError:
+            return None
+        if self._pauses(digest):
+            return None
+        try:
+            return kept_or_built(model, global_state, digest, self._folder)
+        except (ModelError, MisuseError):
+            self._waits[digest] = PAUSE - 1
             return None
 
     def _pauses(self, digest: str) -> bool:
@@ -47,12 +51,3 @@ class References:
         if left:
             self._waits[digest] = left - 1
         return left > 0
-
-    def _built(
-        self, digest: str, model: nn.Module, global_state: Mapping[str, Tensor]
-    ) -> Reference | None:
-        try:
-            return build_reference(model, global_state, folder=self._folder)
-        except MisuseError:
-            self._waits[digest] = PAUSE - 1
-            return None

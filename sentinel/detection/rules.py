@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sentinel.detection.layers import weight_name
-from sentinel.detection.weights import DEAD, OUTWEIGHED
+from sentinel.detection.weights import DEAD, FEW_INPUTS, OUTWEIGHED
 from sentinel.terms import Verdict
 
 if TYPE_CHECKING:
@@ -105,7 +105,6 @@ SENTENCES: dict[Kind, str] = {
 EXPLODED = 1.5  # log10 of a median row norm; PyTorch's own initialisation gives -.24
 GAIN = 2.0  # log10 of the gap between one layer's scale and the others'
 MANY_OUTPUTS = 4
-FEW_COLUMNS = 4
 PUSHED = -3.0  # shift of a normalised channel that pruning does not leave
 NOTHING = -1.99  # log10 scale of a layer that is zero: one that starts so grows in a round
 PLAUSIBLE = -0.5  # log10 scale up to which a layer may grow in one round; usual first values: -0.24
@@ -297,7 +296,7 @@ def _large(layer: Layer, seen: LayerStatistics, gap: float) -> float:
 
     Columns of constants, such as frequencies or places, have any size.
     """
-    if layer.inputs < FEW_COLUMNS:
+    if layer.inputs < FEW_INPUTS:
         return 0.0
     found = ramp(gap, 0.75 * GAIN, GAIN) if seen.scale > EXPLODED else 0.0
     if layer.feeds or layer.bias is None or layer.convolution:  # embeddings are large, and no last

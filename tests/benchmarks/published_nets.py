@@ -195,13 +195,11 @@ def weights_of(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield weight and bias of one node, units first."""
     given = [constants.get(name) for name in node.input]
-    if node.op_type in {"Conv", "ConvTranspose"} and given[1] is not None:
-        yield "weight", given[1]
-        if len(given) > 2 and given[2] is not None:
-            yield "bias", given[2]
-    elif node.op_type == "Gemm" and given[1] is not None:
-        turned = any(one.name == "transB" and one.i for one in node.attribute)
-        yield "weight", given[1] if turned else given[1].T
+    if node.op_type in {"Conv", "ConvTranspose", "Gemm"} and given[1] is not None:
+        first = node.op_type != "Gemm" or any(
+            one.name == "transB" and one.i for one in node.attribute
+        )
+        yield "weight", given[1] if first else given[1].T
         if len(given) > 2 and given[2] is not None:
             yield "bias", given[2]
     elif node.op_type == "MatMul" and given[1] is not None and given[1].ndim > 1:

@@ -80,6 +80,11 @@ class Skipped:
     of_time: bool = False
     of_server: bool = False
 
+    @classmethod
+    def server(cls, name: str, why: str, *, of_time: bool) -> Skipped:
+        """A server that was left out."""
+        return cls(f"server {name}", why, of_time, of_server=True)
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -107,11 +112,7 @@ def unmade(attacks: Sequence[str]) -> Plan:
         MisuseError: no attack of that name.
     """
     late = [Skipped(name, NO_TIME, of_time=True) for name in _known(attacks)]
-    late += [
-        Skipped(f"server {name}", NO_TIME, of_time=True, of_server=True)
-        for name in SERVERS
-        if name != HONEST
-    ]
+    late += [Skipped.server(name, NO_TIME, of_time=True) for name in SERVERS if name != HONEST]
     return Plan((), tuple(late), 0)
 
 
@@ -158,12 +159,7 @@ def make_plan(  # noqa: PLR0913 - each is one part of a test
     skipped += _groupless(subject, chosen)
     servers_out = [
         # More time is of no use to servers where no attack fits.
-        Skipped(
-            f"server {name}",
-            why,
-            of_time=why in {PATIENCE, NO_TIME} and bool(items),
-            of_server=True,
-        )
+        Skipped.server(name, why, of_time=why in {PATIENCE, NO_TIME} and bool(items))
         for name, why in unfit.items()
         if why is not None
     ]

@@ -114,38 +114,46 @@ class Malicious:
         return Crafted(craft(subject.model, state, generator=generator), secret)
 
 
-def _hidden() -> dict[str, Server]:
-    """Traps as the inspection may miss them: on the demo's rows no further than that takes.
+# Recipe, how it is hidden, what hides it, and what a reader must know. Each is hidden as far as the
+# demo's rows need; order and scale of the rows change neither what is read nor what is seen.
+_HIDDEN: tuple[tuple[str, str, Callable[[Craft], Craft], str], ...] = (
+    (
+        "binning-gaussian",
+        "jittered",
+        functools.partial(jittered, size=0.5),
+        "Noise of half its size blurs each row.",
+    ),
+    (
+        "binning-gaussian",
+        "among-honest",
+        functools.partial(among_honest, share=0.1),
+        "Nine rows in ten stay honest.",
+    ),
+    (
+        "binning-gaussian",
+        "mixed",
+        functools.partial(mixed, share=0.8),
+        "A fifth of the honest model is mixed in.",
+    ),
+    (
+        "qbi",
+        "mixed",
+        functools.partial(mixed, share=0.05),
+        "All but a twentieth is the honest model.",
+    ),
+    (
+        "fishing-class",
+        "mixed",
+        functools.partial(mixed, share=0.03),
+        "All but three hundredths is the honest model.",
+    ),
+)
 
-    Order and scale of the rows are left: they change neither what is read nor what is seen.
-    """
-    bins, quiet, fishing = (recipe(name) for name in ("binning-gaussian", "qbi", "fishing-class"))
+
+def _hidden() -> dict[str, Server]:
+    """Traps as the inspection may miss them."""
     return {
-        f"{bins.name}, jittered": Malicious(
-            bins,
-            "Noise of half its size blurs each row.",
-            functools.partial(jittered, size=0.5),
-        ),
-        f"{bins.name}, among-honest": Malicious(
-            bins,
-            "Nine rows in ten stay honest.",
-            functools.partial(among_honest, share=0.1),
-        ),
-        f"{bins.name}, mixed": Malicious(
-            bins,
-            "A fifth of the honest model is mixed in.",
-            functools.partial(mixed, share=0.8),
-        ),
-        f"{quiet.name}, mixed": Malicious(
-            quiet,
-            "All but a twentieth is the honest model.",
-            functools.partial(mixed, share=0.05),
-        ),
-        f"{fishing.name}, mixed": Malicious(
-            fishing,
-            "All but three hundredths is the honest model.",
-            functools.partial(mixed, share=0.03),
-        ),
+        f"{name}, {how}": Malicious(recipe(name), note, hide) for name, how, hide, note in _HIDDEN
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -99,6 +99,29 @@ def images() -> Subject:
         "public": (pictures[40:], labels[40:]),
     }
     return subject_of(net, data, generator, "pictures")
+
+
+@pytest.fixture
+def coloured(images) -> Callable[..., Subject]:
+    """The same pictures in three channels, and a net that is smooth in them.
+
+    Another `given` hands them over in another way.
+    """
+
+    def make(given: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> Subject:
+        tint = torch.tensor([1.0, 0.5, 0.8])[:, None, None]
+        parts = {"train": images.train, "held_out": images.held_out, "public": images.public}
+        data = {name: (part.inputs * tint, part.labels) for name, part in parts.items()}
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            nn.Conv2d(3, 12, 3, stride=2, padding=1),
+            nn.Sigmoid(),
+            nn.Flatten(),
+            nn.Linear(12 * 36, 2),
+        )
+        return subject_of(net, given(data), torch.Generator().manual_seed(0), "colours")
+
+    return make
 
 
 @pytest.fixture

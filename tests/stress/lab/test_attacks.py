@@ -252,34 +252,15 @@ def _flags_behind(subject, setting, seed) -> torch.Tensor:
     return site.update(setting, SERVERS[HONEST]).behind.flags
 
 
-@pytest.fixture
-def colours(images) -> Subject:
-    """The same pictures in three channels, and a net that is smooth in them."""
-    parts = (images.train, images.held_out, images.public)
-    train, held_out, public = (
-        (part.inputs.repeat(1, 3, 1, 1) * torch.tensor([1.0, 0.5, 0.8])[:, None, None], part.labels)
-        for part in parts
-    )
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(3, 12, 3, stride=2, padding=1),
-        nn.Sigmoid(),
-        nn.Flatten(),
-        nn.Linear(12 * 36, 2),
-    )
-    data = {"train": train, "held_out": held_out, "public": public}
-    return subject_of(net, data, torch.Generator().manual_seed(0), "colours")
-
-
-def test_pictures_of_three_channels_come_back_from_a_raw_update(colours) -> None:
-    found = attacked(colours, "pictures", Setting(records=1))
+def test_pictures_of_three_channels_come_back_from_a_raw_update(coloured) -> None:
+    found = attacked(coloured(), "pictures", Setting(records=1))
     assert found.worst.guess.shape == (3, 12, 12)
     assert found.main.mean > 0.95
     assert found.tallies[1].mean == 1.0
 
 
-def test_a_picture_comes_back_to_a_server_that_is_not_told_its_label(colours) -> None:
-    found = attacked(colours, "untold", Setting(records=1))
+def test_a_picture_comes_back_to_a_server_that_is_not_told_its_label(coloured) -> None:
+    found = attacked(coloured(), "untold", Setting(records=1))
     assert found.main.mean > 0.95
     assert found.main.gain > 0.02
 

@@ -28,6 +28,8 @@ from sentinel.stress.passive.images import LONE
 from sentinel.stress.records import Records
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sentinel.stress.lab.finding import Finding
     from sentinel.stress.lab.subject import Subject
 
@@ -174,41 +176,30 @@ def test_a_normalised_x_ray_comes_back_from_a_raw_gradient_as_well_as_a_plain_on
         assert likeness(with_inputs(xrays(), GREY, tell=tell)) > plain - 0.03
 
 
-def coloured(images: Subject, *, tell: bool) -> Subject:
-    """Pictures of three channels as ImageNet's are normalised, and a smooth net."""
-    tint = torch.tensor([1.0, 0.5, 0.8])[:, None, None]
-    parts = {"train": images.train, "held_out": images.held_out, "public": images.public}
-    data = {name: (part.inputs * tint, part.labels) for name, part in parts.items()}
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(3, 12, 3, stride=2, padding=1),
-        nn.Sigmoid(),
-        nn.Flatten(),
-        nn.Linear(12 * 36, 2),
-    )
-    given = with_inputs(data, PLAN, tell=tell)
-    return subject_of(net, given, torch.Generator().manual_seed(0), "colours")
+def normalised(coloured: Callable[..., Subject], *, tell: bool) -> Subject:
+    """Pictures of three channels as ImageNet's are normalised."""
+    return coloured(lambda data: with_inputs(data, PLAN, tell=tell))
 
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("tell", [True, False])
 @pytest.mark.parametrize("name", ["pictures", "untold"])
-def test_normalised_colours_come_back_with_and_without_the_label(images, name, tell) -> None:
-    found = attacked(coloured(images, tell=tell), name, Setting(records=1))
+def test_normalised_colours_come_back_with_and_without_the_label(coloured, name, tell) -> None:
+    found = attacked(normalised(coloured, tell=tell), name, Setting(records=1))
     require_pixels(found)
     assert found.worst.guess.shape == (3, 12, 12)
     assert found.main.mean > 0.95
     assert found.main.gain > 0.02
 
 
-def test_local_epochs_on_normalised_pictures_are_replayed_as_such(images) -> None:
-    found = attacked(coloured(images, tell=True), "untold", Setting(records=8, epochs=2))
+def test_local_epochs_on_normalised_pictures_are_replayed_as_such(coloured) -> None:
+    found = attacked(normalised(coloured, tell=True), "untold", Setting(records=8, epochs=2))
     require_pixels(found)
     assert len(found.main.values) == 8
 
 
-def test_the_replay_of_pixels_is_the_training_on_what_the_model_takes(images) -> None:
-    subject = coloured(images, tell=True)
+def test_the_replay_of_pixels_is_the_training_on_what_the_model_takes(coloured) -> None:
+    subject = normalised(coloured, tell=True)
     case, update = updated(subject, Setting(records=8, epochs=2))
     pixels = subject.pixels.pictures(update.behind).inputs
     replayed = in_pixels(case).update(pixels, differentiable=False)
